@@ -1,0 +1,20 @@
+"The whole suite runs offline, on small data, one thread a worker: the same here as under `make test`."
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = str(ROOT/"tests"/"offline")
+os.environ.update(EXP_OFFLINE="1", EXP_SCALE="tiny", OMP_NUM_THREADS="1", MPLBACKEND="agg")
+for name in ("EXP_DATA", "EXP_MIRROR"): os.environ.pop(name, None)
+if OFFLINE not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [OFFLINE, os.environ.get("PYTHONPATH")]))
+    exec(compile((ROOT/"tests/offline/sitecustomize.py").read_text(), "sitecustomize.py", "exec"), {"__name__": "offline"})
+sys.path[:0] = [str(ROOT/"tools"), str(ROOT/"tests")]
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("suite")

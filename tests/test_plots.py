@@ -1,0 +1,83 @@
+"exp.plots: values are never stretched, layouts agree, bands are sample standard deviations, bad input is named."
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from exp import plots
+from hypothesis import given, strategies as st
+
+
+@pytest.fixture(autouse=True)
+def close(): yield; plt.close("all")
+
+
+def drawn(ax): return np.asarray(ax.get_images()[0].get_array())
+
+
+@given(st.sampled_from([1, 3]), st.integers(5, 8), st.integers(5, 8))
+def test_layouts_agree(c, h, w):
+    im = torch.rand(c, h, w)
+    same = [im, im.permute(1, 2, 0), im.numpy()] if c == 3 else [im, im[0], im.permute(1, 2, 0)]
+    results = [drawn(plots.show_image(x)) for x in same]
+    plt.close("all")
+    for r in results: assert r.shape[:2] == (h, w) and np.array_equal(r, results[0])
+
+
+def test_values_are_not_stretched():
+    ax = plots.show_image(torch.full((3, 3), .25))
+    assert ax.get_images()[0].get_clim() == (0, 1) and (drawn(ax) == .25).all()
+    assert (drawn(plots.show_image(torch.full((3, 3), 255, dtype=torch.uint8))) == 1).all()
+    assert drawn(plots.show_image(torch.tensor([[-1., 2.]]))).tolist() == [[0, 1]]
+    assert drawn(plots.show_image(torch.tensor([[True, False]]))).tolist() == [[1, 0]]
+    assert drawn(plots.show_image(torch.rand(3, 4, dtype=torch.half))).dtype == np.float32
+
+
+@pytest.mark.parametrize("shape", [(784,), (2, 3, 4, 5), (5, 8, 8), (0, 3), ()])
+def test_bad_shapes_are_named(shape):
+    with pytest.raises(ValueError, match="image is"): plots.show_image(torch.rand(shape))
+
+
+def test_a_tensor_that_needs_gradients_is_drawn(): plots.show_image(torch.rand(2, 2, requires_grad=True))
+
+
+def test_grids():
+    axes = plots.show_images(torch.rand(5, 4, 4), titles=list("abcde"), ncols=3, suptitle="five")
+    assert len(axes) == 5 and len(axes[0].figure.axes) == 6 and [a.get_title() for a in axes] == list("abcde")
+    with pytest.raises(ValueError, match="no images"): plots.show_images([])
+    with pytest.raises(ValueError, match="2 images but 1 titles"): plots.show_images(torch.rand(2, 3, 3), ["x"])
+
+
+@given(st.integers(2, 6), st.integers(2, 9))
+def test_bands_are_sample_sd(seeds, n):
+    rows = torch.randn(seeds, n)
+    ax = plots.plot_lines({"a": rows}, xlabel="x", ylabel="y", title="t")
+    vertices = ax.collections[0].get_paths()[0].vertices
+    low = np.array([vertices[vertices[:, 0] == i, 1].min() for i in range(n)])
+    expected = (rows.double().mean(0) - rows.double().std(0)).numpy()
+    plt.close("all")
+    np.testing.assert_allclose(low, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("y", [[1, 2, 3], (1., 2., 3.), np.array([1., 2, 3]), torch.tensor([1., 2, 3]), [torch.tensor(1.), torch.tensor(2.), 3]])
+def test_one_row_has_no_band(y):
+    ax = plots.plot_lines({"a": y}, xlabel="x", ylabel="y", title="t")
+    assert ax.get_lines()[0].get_ydata().tolist() == [1, 2, 3] and not ax.collections and ax.get_legend() is None
+
+
+@pytest.mark.parametrize("ys", [[[1, 2], [3, 4]], [torch.tensor([1., 2]), torch.tensor([3., 4])], [np.array([1., 2]), [3, 4]]])
+def test_rows_in_any_container(ys):
+    ax = plots.plot_lines({"a": ys, "b": [1, 2]}, x=[10, 20], xlabel="x", ylabel="y", title="t", logy=True, logx=True)
+    assert ax.get_lines()[0].get_ydata().tolist() == [2, 3] and ax.get_legend() is not None
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log") and (ax.get_xlabel(), ax.get_ylabel(), ax.get_title(loc="left")) == ("x", "y", "t")
+
+
+def test_bad_curves_are_named():
+    with pytest.raises(ValueError, match="no curves"): plots.plot_lines({}, xlabel="x", ylabel="y", title="t")
+    with pytest.raises(ValueError, match="'loss' has 3 points but x has 2"): plots.plot_lines({"loss": [1, 2, 3]}, x=[1, 2], xlabel="x", ylabel="y", title="t")
+    with pytest.raises(TypeError): plots.plot_lines({"a": [1]})
+
+
+def test_the_global_style_is_left_alone():
+    before = dict(plt.rcParams)
+    plots.subplots(2, 2)
+    assert dict(plt.rcParams) == before

@@ -66,9 +66,9 @@ def show_image(
     if title is not None: ax.set_title(str(title), loc="center", fontsize=9)
     return ax
 
-# %% ../nbs/00b_plots.ipynb #cfa197fc
+# %% ../nbs/00b_plots.ipynb #da562661
 def show_images(
-    ims,                         # sequence of images, each as show_image takes them; or a (n, …) tensor
+    ims,                         # images as show_image takes them, or a (n, …) tensor
     titles=None,                 # a word per image, or None
     ncols: int | None = None,    # images per row; chosen from the number of images by default
     size: float = 1.5,           # inches per image

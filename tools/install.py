@@ -49,4 +49,7 @@ def main():
     pip("install", "-c", "constraints.txt", "-e", ".[dev]")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    try: main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"installation stopped (see above); after mending it, call make again: {error.cmd[-1]}")

@@ -36,7 +36,7 @@ _STYLE = {
     "image.cmap": "gray", "figure.constrained_layout.use": True,
 }
 
-# %% ../nbs/00b_plots.ipynb #705c5bf3
+# %% ../nbs/00b_plots.ipynb #bdbdeae5
 def subplots(
     nrows: int = 1,                # rows of axes
     ncols: int = 1,                # columns of axes
@@ -46,6 +46,7 @@ def subplots(
     "Make a figure in our style; Matplotlib's global settings stay. Same as: plt.subplots."
     import matplotlib.pyplot as plt
     from cycler import cycler
+    plt.draw_if_interactive()   # settles the backend, whose own settings must outlive our style
     width = 5.5 if ncols == 1 else 4.2*ncols
     with plt.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=PALETTE)}):
         return plt.subplots(nrows, ncols, figsize=figsize or (width, 3.2*nrows), **kwargs)

@@ -1,0 +1,712 @@
+"fetch against a server that misbehaves in every way we could think of; archives that bite; IDX files; the stand-ins."
+import errno
+import gzip
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import struct
+import tarfile
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import exp.datasets as D
+from exp.datasets import (DataSet, UnsafeArchive, WrongDigest, datasets, digest_of, fetch, load_idx, read_idx, registry,
+                          safe_member, source_of, unpack)
+
+ROOT = Path(__file__).resolve().parent.parent
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills and limits a forked child")
+
+
+# ---- a server that does as it is told ----
+
+def serve(data, *, cut=None, ranges=True, status=200, claim=None, pause=None, piece=None):
+    "A page: `cut` hangs up after so many bytes, `claim` lies about the length, `pause`/`piece` dawdle."
+    def page(handler):
+        asked = handler.headers["Range"]
+        start = int(re.match(r"bytes=(\d+)-$", asked)[1]) if asked and ranges else 0
+        if start >= len(data) > 0: return handler.send_error(416)
+        handler.send_response(206 if start else status)
+        if start: handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        handler.send_header("Content-Length", str(claim or len(data) - start))
+        handler.end_headers()
+        body = data[start:start + cut] if cut else data[start:]
+        for i in range(0, len(body), piece or len(body) or 1):
+            handler.wfile.write(body[i:i + (piece or len(body))])
+            handler.wfile.flush()
+            if pause: pause()
+    return page
+
+
+class Web:
+    "Pages by path; a log of (path, Range) of every request."
+    def __init__(self):
+        self.pages, self.log = {}, []
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                web.log.append((self.path, self.headers["Range"]))
+                web.agent = self.headers["User-Agent"]
+                try: web.pages[self.path](self) if self.path in web.pages else self.send_error(404)
+                except (ConnectionError, TimeoutError): pass        # the client went away
+            def log_message(self, *args): pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads, self.server.block_on_close = True, False
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        Thread(target=self.server.serve_forever, kwargs={"poll_interval": .01}, daemon=True).start()
+
+    def asked(self, path): return [r for p, r in self.log if p == path]
+
+
+def tgz(files, top="toy/"):
+    "An archive in memory: name -> text, or a TarInfo that is added as it is."
+    with tarfile.open(fileobj=(f := io.BytesIO()), mode="w:gz") as tar:
+        for name, body in files.items():
+            member = body if isinstance(body, tarfile.TarInfo) else tarfile.TarInfo(top + name)
+            data = b"" if isinstance(body, tarfile.TarInfo) else body.encode()
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return f.getvalue()
+
+
+# Not compressible, so that the archive is long enough to be cut.
+FILES = {"train/a.txt": os.urandom(20_000).hex(), "val/b.txt": "b"}
+GOOD = tgz(FILES)
+
+
+def toy(data, *addresses, name="toy", **kwargs):
+    digest = kwargs.pop("digest", "sha256:" + hashlib.sha256(data).hexdigest())
+    return DataSet(name, "a toy", .1, {"toy.tgz": digest}, addresses, ("train", "val"), "CC0", "nobody", "fashion",
+                   "clothes", **kwargs)
+
+
+@pytest.fixture(scope="module")
+def server():
+    web = Web()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "*")
+        yield web
+    web.server.shutdown(); web.server.server_close()
+
+
+@pytest.fixture
+def web(server, monkeypatch, tmp_path):
+    "A fresh cache, a short patience, no proxies, and a toy set at /a/ and /b/."
+    server.pages.clear(); server.log.clear()
+    for k, v in dict(EXP_OFFLINE="", EXP_MIRROR="", EXP_DATA=str(tmp_path/"cache"), EXP_TIMEOUT="1",
+                     XDG_CACHE_HOME=str(tmp_path/"home")).items(): monkeypatch.setenv(k, v)
+    monkeypatch.setitem(registry, "toy", toy(GOOD, f"{server.url}/a/", f"{server.url}/b/"))
+    return server
+
+
+def check(path, source="official"):
+    "A whole set of FILES, with its note, and nothing half-done beside it."
+    assert {f: (path/f).read_text() for f in FILES} == FILES
+    assert source_of(path) == source_of(path/"train"/"a.txt") == source
+    assert not (path.parent/".fetch"/path.name).exists()
+    assert sorted(p.name for p in path.parent.iterdir()) == [".fetch", path.name]
+
+
+def nothing_visible(): assert not list(Path(os.environ["EXP_DATA"]).glob("[!.]*"))
+
+
+# ---- the plain road ----
+
+def test_fetch_then_cache(web):
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    path = fetch("toy")
+    check(path)
+    assert "Mozilla" in web.agent
+    assert json.loads((path/".source.json").read_text())["licence"] == "CC0"
+    assert fetch("toy") == path and len(web.log) == 1           # the second call asked nobody
+
+
+def test_loose_files(web, monkeypatch):
+    bodies = {"one.txt": b"1", "two.txt": b"2"}
+    web.pages |= {f"/a/{n}": serve(b) for n, b in bodies.items()}
+    files = {n: "md5:" + hashlib.md5(b).hexdigest() for n, b in bodies.items()}
+    monkeypatch.setitem(registry, "loose", DataSet("loose", "", 1, files, (f"{web.url}/a/",), tuple(files), "", "", "fashion", ""))
+    path = fetch("loose")
+    assert {f.name: f.read_bytes() for f in path.glob("*.txt")} == bodies
+
+
+def test_cache_elsewhere_is_found(web, tmp_path, monkeypatch):
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    path = fetch("toy")
+    monkeypatch.setenv("EXP_DATA", str(tmp_path/"other"))
+    (tmp_path/"home").mkdir()
+    path.parent.rename(tmp_path/"home"/"dl-from-scratch")
+    assert fetch("toy") == tmp_path/"home"/"dl-from-scratch"/"toy" and len(web.log) == 1
+
+
+def test_no_server_gives_the_standin_in_one_line(web, capsys, monkeypatch):
+    monkeypatch.setitem(registry, "toy", toy(GOOD, "http://127.0.0.1:9/"))
+    path = fetch("toy")
+    said = capsys.readouterr().err
+    assert source_of(path) == "stand-in" and said.count("\n") == 1
+    assert "refused" in said and "clothes" in said and "EXP_MIRROR" in said
+    nothing_visible()
+
+
+@pytest.mark.parametrize("value, offline", [("1", None), ("true", None), ("", True), ("0", True)])
+def test_offline_asks_nobody(web, monkeypatch, capsys, value, offline):
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    monkeypatch.setenv("EXP_OFFLINE", value)
+    assert source_of(fetch("toy", offline=offline)) == "stand-in" and not web.log
+    assert "EXP_OFFLINE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value, offline", [("0", None), ("", None), ("1", False)])
+def test_online(web, monkeypatch, value, offline):
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    monkeypatch.setenv("EXP_OFFLINE", value)
+    check(fetch("toy", offline=offline))
+
+
+def test_offline_ignores_the_cache(web):
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    check(fetch("toy"))
+    assert source_of(fetch("toy", offline=True)) == "stand-in"
+
+
+@pytest.mark.parametrize("name, hint", [("MNIST", "'mnist'"), ("imagenette", "'imagenette2-160'"), ("zzz", "imdb"), (None, "imdb")])
+def test_unknown_name(name, hint):
+    with pytest.raises(ValueError, match=hint): fetch(name)
+
+
+# ---- faults on the line ----
+
+def test_cut_midway_goes_on(web):
+    half = len(GOOD)//2
+    web.pages["/a/toy.tgz"] = serve(GOOD, cut=half)
+    check(fetch("toy"))
+    assert web.asked("/a/toy.tgz")[:2] == [None, f"bytes={half}-"] and not web.asked("/b/toy.tgz")
+
+
+@settings(max_examples=10)
+@given(cut=st.integers(1500, len(GOOD) + 10))
+def test_any_cut_gives_the_same_bytes(server, tmp_path_factory, cut):
+    server.pages["/cut"] = serve(GOOD, cut=cut)
+    part = tmp_path_factory.mktemp("part")/"part"
+    D._download(f"{server.url}/cut", part)
+    assert part.read_bytes() == GOOD
+
+
+def test_cut_without_ranges_starts_again(web):
+    pages = iter([serve(GOOD, cut=1000, ranges=False), serve(GOOD, ranges=False)])
+    web.pages["/a/toy.tgz"] = lambda handler: next(pages)(handler)
+    check(fetch("toy"))
+    assert web.asked("/a/toy.tgz") == [None, "bytes=1000-"]
+
+
+def test_next_call_goes_on(web):
+    "Cut for good in the first call; the second call, perhaps tomorrow, asks for the rest only."
+    web.pages["/a/toy.tgz"] = lambda h: serve(GOOD, cut=3000)(h) if not h.headers["Range"] else h.send_error(503)
+    assert source_of(fetch("toy")) == "stand-in"
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    check(fetch("toy"))
+    assert web.asked("/a/toy.tgz")[-1] == "bytes=3000-"
+
+
+def test_second_address_goes_on_where_the_first_was_cut(web):
+    web.pages["/a/toy.tgz"] = lambda h: serve(GOOD, cut=3000)(h) if not h.headers["Range"] else h.send_error(503)
+    web.pages["/b/toy.tgz"] = serve(GOOD)
+    check(fetch("toy"))
+    assert web.asked("/b/toy.tgz") == ["bytes=3000-"]
+
+
+def test_truncated_body_is_not_taken(web, capsys):
+    "The server claims the full length and has less, each time it is asked."
+    web.pages["/a/toy.tgz"] = serve(GOOD[:5000], ranges=False, claim=len(GOOD))
+    assert source_of(fetch("toy")) == "stand-in"
+    assert f"cut off after 5,000 of {len(GOOD):,} bytes" in capsys.readouterr().err
+    nothing_visible()
+
+
+def test_truncated_file_has_a_wrong_digest(web):
+    "The server honestly serves a file that lost its tail."
+    web.pages["/a/toy.tgz"] = serve(GOOD[:5000])
+    with pytest.raises(WrongDigest): fetch("toy")
+    nothing_visible()
+
+
+def test_wrong_digest_names_both_and_keeps_nothing(web):
+    bad = GOOD[:-1] + bytes([GOOD[-1] ^ 1])
+    web.pages |= {"/a/toy.tgz": serve(bad), "/b/toy.tgz": serve(bad)}
+    with pytest.raises(WrongDigest) as e: fetch("toy")
+    for data in (bad, GOOD): assert hashlib.sha256(data).hexdigest() in str(e.value)
+    nothing_visible()
+    assert not list(Path(os.environ["EXP_DATA"]).rglob("toy.tgz"))
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    check(fetch("toy"))                                         # and nothing stands in the way of a better day
+    assert web.log[-1] == ("/a/toy.tgz", None)
+
+
+def test_wrong_digest_then_a_good_address(web):
+    web.pages |= {"/a/toy.tgz": serve(b"evil" + GOOD), "/b/toy.tgz": serve(GOOD)}
+    check(fetch("toy"))
+
+
+def test_wrong_digest_is_not_hidden_by_a_dead_second_address(web):
+    web.pages["/a/toy.tgz"] = serve(b"evil" + GOOD)
+    with pytest.raises(WrongDigest): fetch("toy")
+
+
+def test_continued_then_wrong_starts_afresh_once(web):
+    "The first half on disk is of another version: continuing gives a wrong digest, a fresh start the right one."
+    old = Path(os.environ["EXP_DATA"])/".fetch"/"toy"/hashlib.sha256(GOOD).hexdigest()[:12]/"toy.tgz"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"x"*2000)
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    check(fetch("toy"))
+    assert web.asked("/a/toy.tgz") == ["bytes=2000-", None]
+
+
+def test_longer_than_the_file_starts_afresh(web):
+    old = Path(os.environ["EXP_DATA"])/".fetch"/"toy"/hashlib.sha256(GOOD).hexdigest()[:12]/"toy.tgz"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"x"*len(GOOD)*2)
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    check(fetch("toy"))
+    assert web.asked("/a/toy.tgz")[-1] is None
+
+
+def test_404_tries_the_second_address(web):
+    web.pages["/b/toy.tgz"] = serve(GOOD)
+    check(fetch("toy"))
+    assert [p for p, _ in web.log] == ["/a/toy.tgz", "/b/toy.tgz"]
+
+
+def test_404_everywhere(web, capsys):
+    assert source_of(fetch("toy")) == "stand-in"
+    assert capsys.readouterr().err.count("HTTP 404") == 2
+
+
+@pytest.mark.parametrize("how", ["silent", "stalls", "trickles"])
+def test_slow_server_times_out(web, monkeypatch, capsys, how):
+    monkeypatch.setenv("EXP_TIMEOUT", "0.2")
+    monkeypatch.setitem(registry, "toy", toy(GOOD, f"{web.url}/a/"))
+    over = Event()
+    web.pages["/a/toy.tgz"] = {"silent": lambda h: over.wait(5), "stalls": serve(GOOD, cut=1, pause=lambda: over.wait(5)),
+                               "trickles": serve(GOOD, piece=1, pause=lambda: over.wait(.02))}[how]
+    start = time.monotonic()
+    assert source_of(fetch("toy")) == "stand-in"
+    over.set()
+    assert time.monotonic() - start < 3
+    assert "timed out" in (said := capsys.readouterr().err) and "EXP_TIMEOUT=0.2" in said
+
+
+# ---- mirrors ----
+
+def mirror(folder, data=GOOD, sums=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/"toy.tgz").write_bytes(data)
+    (folder/"SHA256SUMS").write_text(sums or f"{hashlib.sha256(data).hexdigest().upper()} *./toy.tgz\n\n")
+
+
+def test_mirror_folder_governs(web, monkeypatch, tmp_path):
+    "A mirror may keep another archive than the official one; its own digest counts."
+    monkeypatch.setitem(registry, "toy", toy(b"", f"{web.url}/a/"))
+    mirror(tmp_path/"m")
+    monkeypatch.setenv("EXP_MIRROR", str(tmp_path/"m"))
+    check(fetch("toy"), "mirror")
+    assert not web.log and (tmp_path/"m"/"toy.tgz").exists()
+
+
+def test_mirror_path_counts_from_the_root(web, monkeypatch, tmp_path):
+    mirror(tmp_path/"m")
+    monkeypatch.setenv("EXP_MIRROR", os.path.relpath(tmp_path/"m", ROOT))
+    monkeypatch.chdir(tmp_path)
+    check(fetch("toy"), "mirror")
+
+
+def test_mirror_url(web, monkeypatch):
+    monkeypatch.setenv("EXP_MIRROR", f"{web.url}/m")
+    web.pages |= {"/m/toy.tgz": serve(GOOD, cut=4000),
+                  "/m/SHA256SUMS": serve(f"{hashlib.sha256(GOOD).hexdigest()}  toy.tgz\n".encode())}
+    check(fetch("toy"), "mirror")
+    assert not web.asked("/a/toy.tgz")
+
+
+@pytest.mark.parametrize("sums, word", [(None, "No such file"), ("0"*64 + "  other.tgz", "its SHA256SUMS does not list toy.tgz")])
+def test_a_poor_mirror_is_passed_over(web, monkeypatch, tmp_path, capsys, sums, word):
+    if sums: mirror(tmp_path/"m", sums=sums)
+    monkeypatch.setenv("EXP_MIRROR", str(tmp_path/"m"))
+    assert source_of(fetch("toy")) == "stand-in"
+    assert f"EXP_MIRROR: {word}" in capsys.readouterr().err
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    check(fetch("toy"))
+
+
+def test_a_tampered_mirror_is_named(web, monkeypatch, tmp_path):
+    mirror(tmp_path/"m", sums="0"*64 + "  toy.tgz")
+    monkeypatch.setenv("EXP_MIRROR", str(tmp_path/"m"))
+    with pytest.raises(WrongDigest, match="EXP_MIRROR"): fetch("toy")
+    assert (tmp_path/"m"/"toy.tgz").read_bytes() == GOOD        # a mirror's own files are not ours to delete
+
+
+# ---- faults on the disk ----
+
+def test_disk_full_while_downloading(web, monkeypatch):
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[:1000])
+            raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(D, "open", lambda f, mode="r", **kw: (Full if "toy.tgz" in str(f) and mode[0] in "wa" else open)(f, mode, **kw), raising=False)
+    with pytest.raises(OSError, match="the disk is full.*EXP_DATA") as e: fetch("toy")
+    assert e.value.errno == errno.ENOSPC
+    nothing_visible()
+    monkeypatch.delattr(D, "open")                              # somebody makes room
+    check(fetch("toy"))
+    assert web.asked("/a/toy.tgz") == [None, "bytes=1000-"]     # nothing was lost
+
+
+def in_child(target):
+    "Run in a forked child, which needs no second import of torch."
+    child = multiprocessing.get_context("fork").Process(target=target, daemon=True)
+    child.start()
+    return child
+
+
+@posix
+def test_disk_full_while_unpacking(web, tmp_path):
+    "A real limit: no file may grow beyond 30 kB, and train/a.txt wants 40."
+    import resource
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        try: fetch("toy")
+        except OSError as e: (tmp_path/"said").write_text(str(e))
+    (child := in_child(limited)).join(20)
+    assert "disk is full" in (tmp_path/"said").read_text()
+    nothing_visible()
+    assert not list((tmp_path/"cache").rglob("a.txt"))          # the half-unpacked files are gone: there is room again
+    asked = len(web.log)
+    check(fetch("toy"))
+    assert len(web.log) == asked                                # the verified download was kept
+    assert child.exitcode == 0
+
+
+def test_no_place_to_write(web, monkeypatch, tmp_path):
+    (tmp_path/"file").write_text("in the way")
+    monkeypatch.setenv("EXP_DATA", str(tmp_path/"file"/"cache"))
+    with pytest.raises(OSError, match="cannot write toy.*set EXP_DATA"): fetch("toy")
+
+
+def test_a_folder_without_note_is_set_aside(web, tmp_path, capsys):
+    "Somebody's half-unpacked folder stands under the final name: it is neither trusted nor deleted."
+    (tmp_path/"cache"/"toy"/"train").mkdir(parents=True)
+    (tmp_path/"cache"/"toy"/"train"/"mine.txt").write_text("mine")
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    path = fetch("toy")
+    assert source_of(path) == "official" and not (path/"train"/"mine.txt").exists()
+    assert (tmp_path/"cache"/"toy.aside1"/"train"/"mine.txt").read_text() == "mine"
+    assert "toy.aside1" in capsys.readouterr().err
+
+
+def test_a_set_that_lost_a_part_is_fetched_again(web):
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    (fetch("toy")/"val").rename(Path(os.environ["EXP_DATA"])/"gone")
+    path = fetch("toy")
+    assert (path/"val"/"b.txt").exists()
+
+
+# ---- two at once, and kill -9 ----
+
+@posix
+def test_two_processes_download_once(web, tmp_path):
+    web.pages["/a/toy.tgz"] = serve(GOOD, piece=4000, pause=lambda: time.sleep(.03))
+
+    def run(i): (tmp_path/f"{i}").write_text(source_of(fetch("toy")))
+    children = [in_child(lambda i=i: run(i)) for i in range(3)]
+    for c in children: c.join(20)
+    assert [c.exitcode for c in children] == [0]*3
+    assert [(tmp_path/f"{i}").read_text() for i in range(3)] == ["official"]*3
+    assert len(web.log) == 1
+    check(tmp_path/"cache"/"toy")
+
+
+def kill_when(child, ready):
+    deadline = time.monotonic() + 10
+    while not ready() and time.monotonic() < deadline: time.sleep(.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(5)
+    assert child.exitcode == -signal.SIGKILL
+
+
+@posix
+def test_killed_while_downloading(web, tmp_path):
+    "Its lock dies with it, and what it had is continued."
+    first = Event()
+    web.pages["/a/toy.tgz"] = serve(GOOD, cut=7000, pause=lambda: (first.set(), time.sleep(.8)))
+    part = tmp_path/"cache"/".fetch"/"toy"/hashlib.sha256(GOOD).hexdigest()[:12]/"toy.tgz"
+
+    def flushing():      # so that the bytes are on disk when the child dies
+        D._chunks = lambda response: iter(lambda: response.read1(1 << 16), b"")
+        D._append.__globals__["open"] = lambda f, mode: open(f, mode, buffering=0)
+        fetch("toy")
+    kill_when(in_child(flushing), lambda: first.is_set() and part.exists() and part.stat().st_size == 7000)
+    nothing_visible()
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    start = time.monotonic()
+    check(fetch("toy"))
+    assert time.monotonic() - start < 5 and web.asked("/a/toy.tgz")[-1] == "bytes=7000-"
+
+
+@posix
+def test_killed_while_unpacking(web, tmp_path):
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+
+    def stuck():
+        whole = D._whole
+        D._whole = lambda *a: (whole(*a), (tmp_path/"ready").touch(), time.sleep(30))
+        fetch("toy")
+    half = tmp_path/"cache"/".fetch"/"toy"/"unpacked"
+    kill_when(in_child(stuck), lambda: (tmp_path/"ready").exists())
+    assert half.exists()
+    nothing_visible()
+    (half/"toy"/"train"/"stale.txt").write_text("from the dead")
+    asked = len(web.log)
+    check(path := fetch("toy"))
+    assert not (path/"train"/"stale.txt").exists() and len(web.log) == asked
+
+
+def test_a_stale_lock_file_locks_nobody_out(web, tmp_path):
+    (tmp_path/"cache"/".fetch").mkdir(parents=True)
+    (tmp_path/"cache"/".fetch"/"toy.lock").touch()
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    check(fetch("toy"))
+
+
+def test_an_interrupt_keeps_what_arrived(web, monkeypatch):
+    chunks = D._chunks
+    def interrupted(response): yield next(chunks(response))[:3000]; raise KeyboardInterrupt
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    monkeypatch.setattr(D, "_chunks", interrupted)
+    with pytest.raises(KeyboardInterrupt): fetch("toy")
+    nothing_visible()
+    monkeypatch.setattr(D, "_chunks", chunks)
+    check(fetch("toy"))
+    assert web.asked("/a/toy.tgz") == [None, "bytes=3000-"]
+
+
+# ---- archives ----
+
+def member(name, kind=tarfile.REGTYPE, linkname=""):
+    m = tarfile.TarInfo(name)
+    m.type, m.linkname = kind, linkname
+    return m
+
+
+EVIL = {"parent": member("toy/../../x"), "parent-win": member("toy\\..\\..\\x"), "bare": member(".."), "absolute": member("/tmp/x"),
+        "drive": member("C:/x"), "share": member("\\\\host\\x"), "symlink": member("toy/l", tarfile.SYMTYPE, "/etc"),
+        "symlink-up": member("toy/l", tarfile.SYMTYPE, "../../.."), "hard": member("toy/l", tarfile.LNKTYPE, "../../x"),
+        "pipe": member("toy/p", tarfile.FIFOTYPE), "device": member("toy/d", tarfile.CHRTYPE)}
+
+
+@pytest.mark.parametrize("kind", EVIL)
+def test_evil_archives_are_refused(web, monkeypatch, tmp_path, kind):
+    data = tgz(FILES | {"evil": EVIL[kind]})
+    monkeypatch.setitem(registry, "toy", toy(data, f"{web.url}/a/"))
+    web.pages["/a/toy.tgz"] = serve(data)
+    with pytest.raises(UnsafeArchive, match=re.escape(repr(EVIL[kind].name))): fetch("toy")
+    nothing_visible()
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["toy.lock"]     # neither here nor outside
+
+
+@given(st.lists(st.sampled_from(["a", "b.txt", "..", ".", "", "...", "..b"]), min_size=1, max_size=6))
+def test_safe_member_passes_only_what_stays_inside(parts):
+    name = "/".join(parts)
+    inside = not name.startswith("/") and ".." not in parts
+    try: assert safe_member(m := tarfile.TarInfo(name)) is m
+    except UnsafeArchive: assert not inside
+    else: assert inside and not os.path.relpath(os.path.join("/root/here", name), "/root/here").startswith("../")
+
+
+@pytest.mark.parametrize("spoil", [lambda d: d[:len(d)//2], lambda d: d[:12] + b"\xff"*9 + d[21:], lambda d: b"no archive"])
+def test_damaged_archive(tmp_path, spoil):
+    (tmp_path/"x.tgz").write_bytes(spoil(GOOD))
+    with pytest.raises(ValueError, match="x.tgz.*damaged"): unpack(tmp_path/"x.tgz", tmp_path/"out")
+
+
+def test_another_set_in_the_archive(web, monkeypatch):
+    data = tgz({"pictures/a.txt": "a"})
+    monkeypatch.setitem(registry, "toy", toy(data, f"{web.url}/a/"))
+    web.pages["/a/toy.tgz"] = serve(data)
+    with pytest.raises(ValueError, match="no train, val"): fetch("toy")
+    nothing_visible()
+
+
+def test_archive_without_a_top_folder(web, monkeypatch):
+    data = tgz(FILES, top="")
+    monkeypatch.setitem(registry, "toy", toy(data, f"{web.url}/a/"))
+    web.pages["/a/toy.tgz"] = serve(data)
+    check(fetch("toy"))
+
+
+# ---- small parts ----
+
+@given(st.binary(max_size=3000), st.sampled_from(["sha256", "md5"]))
+def test_digest_of(tmp_path_factory, data, algorithm):
+    file = tmp_path_factory.getbasetemp()/"digest"
+    file.write_bytes(data)
+    assert digest_of(file, algorithm) == hashlib.new(algorithm, data).hexdigest()
+
+
+def test_source_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="pass what fetch returned"): source_of(tmp_path)
+
+
+def test_bar_shows_and_clears_itself(monkeypatch, capsys):
+    monkeypatch.setattr(D.sys.stderr, "isatty", lambda: True, raising=False)
+    bar = D._Bar("x", 2_000_000)
+    bar.last -= 1
+    bar.add(1_000_000)
+    bar.close()
+    assert "x: 50%, 1.0 MB" in (said := capsys.readouterr().err) and said.endswith("\r")
+
+
+def test_registry_and_table(capsys):
+    datasets()
+    table = capsys.readouterr().out
+    for d in registry.values():
+        assert d.name in table and d.licence in table and d.cite in table
+        assert d.addresses and d.size > 0 and d.holds and d.instead
+        for digest in d.files.values(): assert re.fullmatch(r"sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}", digest)
+    assert set(registry) == {"mnist", "fashion-mnist", "imagenette2-160", "imdb", "wikitext-2"}
+
+
+def test_fallback_paths(monkeypatch, tmp_path):
+    "A wheel: no settings.ini beside the package, so stand-ins lie inside it and paths count from here."
+    (tmp_path/"exp").mkdir()
+    (tmp_path/"exp"/"__init__.py").touch()
+    monkeypatch.setattr(D, "find_spec", lambda name: type("Spec", (), {"origin": str(tmp_path/"exp"/"__init__.py")}))
+    monkeypatch.chdir(tmp_path)
+    assert D._standin(registry["mnist"], "why", "cure") == tmp_path/"exp"/"standins"/"fashion"
+    assert D._from_root("x") == tmp_path/"x" and D._caches() == [D._user_cache()]
+
+
+@pytest.mark.parametrize("platform, env, end", [("linux", {"XDG_CACHE_HOME": "/x"}, "/x"), ("linux", {}, ".cache"), ("darwin", {}, "Library/Caches"),
+                                                ("win32", {"LOCALAPPDATA": "/x/Local"}, "/x/Local"), ("win32", {}, "AppData/Local")])
+def test_user_cache(monkeypatch, platform, env, end):
+    for k in ("XDG_CACHE_HOME", "LOCALAPPDATA"): monkeypatch.delenv(k, raising=False)
+    for k, v in env.items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr(D.sys, "platform", platform)
+    assert D._user_cache().as_posix().endswith(f"{end}/dl-from-scratch")
+
+
+# ---- IDX ----
+
+def idx_bytes(a, code):
+    return bytes([0, 0, code, a.ndim]) + struct.pack(f">{a.ndim}I", *a.shape) + a.astype(D._IDX_KINDS[code]).tobytes()
+
+
+@given(st.sampled_from(list(D._IDX_KINDS)), st.lists(st.integers(0, 4), max_size=4), st.booleans())
+def test_idx_round_trip(tmp_path_factory, code, shape, zipped):
+    a = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    file = tmp_path_factory.getbasetemp()/"some.idx"
+    raw = idx_bytes(a, code)
+    file.write_bytes(gzip.compress(raw, 1) if zipped else raw)
+    got = read_idx(file)
+    assert got.dtype == np.dtype(D._IDX_KINDS[code]).newbyteorder("=") and got.shape == a.shape and (got == a).all()
+
+
+@given(st.data())
+def test_idx_of_any_other_length_is_refused(tmp_path_factory, data):
+    raw = idx_bytes(np.zeros((2, 3)), 8)
+    n = data.draw(st.integers(0, len(raw) + 3).filter(lambda n: n != len(raw)))
+    file = tmp_path_factory.getbasetemp()/"cut.idx"
+    file.write_bytes((raw + b"123")[:n])
+    with pytest.raises(ValueError, match="cut.idx"): read_idx(file)
+
+
+@pytest.mark.parametrize("head", [b"\x01\0\x08\x01", b"\0\0\x07\x01", b"PK\3\4"])
+def test_not_idx(tmp_path, head):
+    (tmp_path/"x").write_bytes(head + bytes(100))
+    with pytest.raises(ValueError, match="no IDX file"): read_idx(tmp_path/"x")
+
+
+# ---- the stand-ins ----
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_clothes(name, capsys):
+    path = fetch(name)
+    assert source_of(path) == "stand-in" and name in capsys.readouterr().err
+    x_train, y_train, x_valid, y_valid = load_idx(path)
+    for x, y, n in ((x_train, y_train, 10_000), (x_valid, y_valid, 2_000)):
+        assert x.shape == (n, 784) and x.dtype == torch.float32 and x.min() == 0 and x.max() == 1
+        assert y.shape == (n,) and y.dtype == torch.int64 and (y.bincount() == n//10).all()
+    assert not torch.equal(y_train[:100], y_train[:100].sort()[0])         # not sorted by class
+
+
+def test_photographs():
+    from PIL import Image
+    path = fetch("imagenette2-160")
+    classes = sorted(p.name for p in (path/"train").iterdir())
+    assert len(classes) == 10 and classes == sorted(p.name for p in (path/"val").iterdir())
+    modes = []
+    for part, n in (("train", 40), ("val", 12)):
+        for c in classes:
+            files = list((path/part/c).iterdir())
+            assert len(files) == n and all(f.suffix == ".jpg" for f in files)
+            for f in files:
+                with Image.open(f) as im: assert im.size == (160, 160); modes.append(im.mode)
+    assert set(modes) == {"RGB", "L"} and modes.count("L") < 20
+
+
+def test_photographs_can_be_learnt():
+    "A photograph's mean and spread of colour already tell most classes of the other part of each picture."
+    from PIL import Image
+    path = fetch("imagenette2-160")
+    def features(part):
+        files = sorted((path/part).rglob("*.jpg"))
+        x = torch.stack([torch.from_numpy(np.asarray(Image.open(f).convert("RGB").resize((32, 32)), np.float32)) for f in files])
+        return torch.cat([x.mean((1, 2)), x.std((1, 2))], 1), [f.parent.name for f in files]
+    x, y = features("train")
+    xv, yv = features("val")
+    right = [y[i] == label for i, label in zip(torch.cdist(xv, x).argmin(1), yv)]
+    assert sum(right) > .6*len(right)
+
+
+def test_passages():
+    path = fetch("imdb")
+    texts = {(part, c): [f.read_text(encoding="utf-8") for f in sorted((path/part/c).glob("*.txt"))]
+             for part, c in (("train", "emma"), ("train", "mansfield_park"), ("test", "emma"), ("test", "mansfield_park"), ("train", "unsup"))}
+    assert [len(t) for t in texts.values()] == [150, 150, 60, 60, 100]
+    everything = [t for ts in texts.values() for t in ts]
+    assert len(set(everything)) == len(everything) and all(200 <= len(t.split()) <= 400 for t in everything)
+
+
+def test_tokens():
+    path = fetch("wikitext-2")
+    words = {part: (path/f"{part}.txt").read_text(encoding="utf-8").split() for part in ("train", "valid", "test")}
+    assert len(words["train"]) > 100_000 and min(map(len, words.values())) > 15_000
+    assert not set(words["valid"]) - set(words["train"]) - set("= : Chapter".split()) - {w for w in words["valid"] if w.isdigit()}
+    assert .01 < words["train"].count("<unk>")/len(words["train"]) < .05
+    assert (path/"train.txt").read_text(encoding="utf-8").startswith(" \n = ")
+
+
+def test_standins_are_small_and_licensed():
+    files = [f for f in (ROOT/"data").rglob("*") if f.is_file() and "cache" not in f.relative_to(ROOT/"data").parts]
+    assert sum(f.stat().st_size for f in files) < 10_000_000
+    licences = (ROOT/"data"/"LICENCES.md").read_text(encoding="utf-8")
+    for c in (ROOT/"data"/"photos"/"train").iterdir(): assert f"`{c.name}`" in licences
+    assert "Zalando" in licences and "Permission is hereby granted" in licences and "Austen" in licences
+    for d in registry.values(): assert (ROOT/"data"/d.standin/".source.json").exists()

@@ -1,0 +1,223 @@
+"Lesson 01: each rung of the ladder, and what stands beside it, against the laws of the matrix product and against PyTorch."
+import ast
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from house import NBS, read, source
+
+# --- the lesson's own functions: its cells without what they run -----------------------------------------------------------
+
+WANTED = ("matmul_", "sizes", "stretch", "address", "einsum_loops", "sum_", "gamma", "intensity")
+FUNCTIONS = [node for cell in read(NBS/"01_matmul.ipynb")["cells"]
+             if cell["cell_type"] == "code" and not source(cell).startswith("#|")
+             for node in ast.parse(source(cell)).body
+             if isinstance(node, ast.FunctionDef) and node.name.startswith(WANTED)]
+space = dict(torch=torch, np=np, product=itertools.product, prod=math.prod)
+exec(compile(ast.Module(FUNCTIONS, type_ignores=[]), "01_matmul", "exec"), space)
+
+RUNGS = {name: func for name, func in space.items() if name.startswith("matmul_")}
+GUARDED = [name for name in RUNGS if name != "matmul_blas"]
+rungs = pytest.mark.parametrize("name", RUNGS)
+
+
+def test_the_ladder_is_whole():
+    assert set(RUNGS) == {f"matmul_{x}" for x in ("loops", "rowcol", "broadcast", "cube", "einsum", "blas", "lists")}
+
+
+# --- laws ------------------------------------------------------------------------------------------------------------------
+
+SIZE = st.integers(0, 4)
+SEED = st.integers(0, 2**32 - 1)
+
+
+def drawn(seed, *shapes, dtype=torch.float64, scale=1.):
+    g = torch.Generator().manual_seed(seed)
+    return [(scale*torch.randn(s, generator=g, dtype=torch.float64)).to(dtype) for s in shapes]
+
+
+def near(x, y, scale=1.): torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10*scale)
+
+
+@rungs
+@given(n=SIZE, k=SIZE, m=SIZE, seed=SEED)
+def test_equals_torch_whatever_the_sizes(name, n, k, m, seed):
+    a, b = drawn(seed, (n, k), (k, m))
+    near(RUNGS[name](a, b), a @ b)
+
+
+@rungs
+@given(n=SIZE, k=SIZE, m=SIZE, seed=SEED, s=st.floats(-100, 100))
+def test_linear_in_both_factors(name, n, k, m, seed, s):
+    f = RUNGS[name]
+    a, c, b, d = drawn(seed, (n, k), (n, k), (k, m), (k, m))
+    near(f(a + s*c, b), f(a, b) + s*f(c, b), 100)
+    near(f(a, b + s*d), f(a, b) + s*f(a, d), 100)
+
+
+@rungs
+@given(n=SIZE, k=SIZE, m=SIZE, seed=SEED)
+def test_transpose_turns_the_factors_around(name, n, k, m, seed):
+    a, b = drawn(seed, (n, k), (k, m))
+    near(RUNGS[name](a, b).T, RUNGS[name](b.T, a.T))
+
+
+@rungs
+@given(n=SIZE, k=SIZE, m=SIZE, p=SIZE, seed=SEED)
+def test_associative_up_to_rounding(name, n, k, m, p, seed):
+    f = RUNGS[name]
+    a, b, c = drawn(seed, (n, k), (k, m), (m, p))
+    near(f(f(a, b), c), f(a, f(b, c)), 10)
+
+
+@rungs
+@given(n=SIZE, k=SIZE, seed=SEED)
+def test_identity_changes_nothing(name, n, k, seed):
+    a, = drawn(seed, (n, k))
+    assert torch.equal(RUNGS[name](a, torch.eye(k, dtype=a.dtype)), a)
+    assert torch.equal(RUNGS[name](torch.eye(n, dtype=a.dtype), a), a)
+
+
+@rungs
+@given(k=st.integers(1, 6), seed=SEED)
+def test_permuting_the_inner_axis_changes_only_rounding(name, k, seed):
+    a, b = drawn(seed, (3, k), (k, 2))
+    p = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
+    near(RUNGS[name](a[:, p], b[p]), RUNGS[name](a, b))
+
+
+@rungs
+@pytest.mark.parametrize("dtype, u", [(torch.float32, 2**-24), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+@given(k=st.integers(0, 6), seed=SEED, scale=st.sampled_from([1e-2, 1., 40.]))
+def test_error_stays_below_the_bound(name, dtype, u, k, seed, scale):
+    a, b = drawn(seed, (3, k), (k, 2), dtype=dtype, scale=scale)
+    got, exact = RUNGS[name](a, b), a.double() @ b.double()
+    assert got.dtype == dtype
+    tiny = torch.finfo(dtype).tiny*(k + 1)                       # below it, half precision has fewer digits
+    bound = space["gamma"](k + 1, u)*(a.double().abs() @ b.double().abs()) + tiny
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+@rungs
+def test_integers_are_exact_and_stay_integers(name):
+    a, b = torch.arange(-6, 6).reshape(3, 4), torch.arange(8).reshape(4, 2)*1000
+    got = RUNGS[name](a, b)
+    assert got.dtype == torch.int64 and torch.equal(got, a @ b)
+
+
+@rungs
+def test_large_and_hostile_numbers(name):
+    a, b = torch.tensor([[100., -100., 1e-6]]), torch.tensor([[100.], [100.], [1.]])
+    torch.testing.assert_close(RUNGS[name](a, b), torch.tensor([[1e-6]]))
+    assert RUNGS[name](torch.tensor([[torch.inf, 1.]]), torch.tensor([[0.], [1.]])).isnan().all()
+
+
+@rungs
+def test_does_not_touch_its_arguments_and_takes_views(name):
+    a, b = torch.randn(4, 3).T, torch.randn(5, 8)[:4, ::2]
+    before = a.clone(), b.clone()
+    torch.testing.assert_close(RUNGS[name](a, b), a @ b)
+    assert torch.equal(a, before[0]) and torch.equal(b, before[1])
+
+
+@pytest.mark.parametrize("name", GUARDED)
+@pytest.mark.parametrize("one, two", [((2, 3), (4, 5)), ((2, 3), (2, 3)), ((3,), (3, 2)), ((2, 3), (3,)), ((1, 2, 3), (3, 2))])
+def test_sizes_that_do_not_fit_are_refused(name, one, two):
+    with pytest.raises(ValueError, match="cannot multiply"): RUNGS[name](torch.ones(one), torch.ones(two))
+
+
+def test_the_laws_can_fail():
+    def wrong(a, b): return (a @ b).abs()
+    RUNGS["wrong"] = wrong
+    try:
+        with pytest.raises(AssertionError): test_linear_in_both_factors.hypothesis.inner_test("wrong", 2, 2, 2, 0, -1.)
+        with pytest.raises(AssertionError): test_equals_torch_whatever_the_sizes.hypothesis.inner_test("wrong", 2, 2, 2, 0)
+    finally: del RUNGS["wrong"]
+
+
+# --- broadcasting, einsum, sums ----------------------------------------------------------------------------------------------
+
+AXIS = st.tuples(st.integers(0, 3), st.booleans())
+
+
+@given(axes=st.lists(AXIS, max_size=4), missing=st.integers(0, 4))
+def test_stretch_is_broadcast_to(axes, missing):
+    shape = tuple(n for n, _ in axes)
+    own = tuple(1 if one else n for n, one in axes)[min(missing, len(axes)):]
+    x = torch.randn(own)
+    got, want = space["stretch"](x, shape), torch.broadcast_to(x, shape)
+    assert torch.equal(got, want)
+    if got.numel(): assert got.data_ptr() == x.data_ptr() and all(s == t for n, s, t in zip(shape, got.stride(), want.stride()) if n > 1)
+
+
+@pytest.mark.parametrize("own, shape", [((3,), (4,)), ((2, 3), (3, 3)), ((3, 1), (2, 5))])
+def test_stretch_refuses(own, shape):
+    with pytest.raises(ValueError, match="cannot stretch"): space["stretch"](torch.ones(own), shape)
+
+
+@given(seed=SEED)
+def test_address_finds_every_number(seed):
+    line = torch.randn(60, generator=torch.Generator().manual_seed(seed))
+    for view in (line.reshape(5, 12), line.reshape(5, 12).T, line[7:31].reshape(4, 6)[:, ::2]):
+        for i, j in itertools.product(*map(range, view.shape)): assert line[space["address"](view, i, j)] == view[i, j]
+
+
+@given(spec=st.permutations("ijk").flatmap(lambda p: st.tuples(
+    st.just("".join(p[:2])), st.permutations("jkl").map(lambda q: "".join(q[:2])), st.permutations("".join(p[:2]) + "l"))), seed=SEED)
+def test_einsum_by_loops_is_einsum(spec, seed):
+    one, two, letters = spec
+    out = "".join(x for x in letters if x in one + two)[:2]
+    size = dict(i=2, j=3, k=1, l=4)
+    a, b = drawn(seed, [size[x] for x in one], [size[x] for x in two])
+    near(space["einsum_loops"](f"{one},{two}->{out}", a, b), torch.einsum(f"{one},{two}->{out}", a, b))
+
+
+@given(power=st.integers(0, 12), seed=SEED)
+def test_sums_keep_their_bounds(power, seed):
+    x = torch.rand(2**power, generator=torch.Generator().manual_seed(seed)) - .5
+    exact, size = x.double().sum(), x.double().abs().sum()
+    for name, depth in (("sum_left_to_right", 2**power - 1), ("sum_pairs", power)):
+        assert abs(space[name](x).double() - exact) <= space["gamma"](depth)*size
+
+
+def test_pairs_beat_left_to_right():
+    x = torch.rand(2**18, generator=torch.Generator().manual_seed(0))
+    error = {name: abs(space[name](x).double() - x.double().sum()) for name in ("sum_left_to_right", "sum_pairs")}
+    assert error["sum_pairs"]*10 < error["sum_left_to_right"]
+
+
+def test_intensity_counts_each_matrix_once():
+    assert space["intensity"](240, 240, 240) == pytest.approx(40)
+    assert space["intensity"](1, 10**9, 1) == pytest.approx(.25)          # a dot product: 2 operations on 8 bytes
+
+
+# --- the exercises' checkers convict ---------------------------------------------------------------------------------------------
+
+def naive_blocks(a, b, size, kernel): return kernel(a[:size, :size], b[:size, :size])
+def forgets_a_block(a, b, kernel):
+    h = len(a)//2
+    for _ in range(7): kernel(a[:h, :h], b[:h, :h])
+    return torch.zeros_like(a)
+
+
+@pytest.mark.parametrize("checker, answer, word", [
+    ("broadcast_shapes", lambda *shapes: max(shapes, key=len), "from the right"),
+    ("broadcast_shapes", lambda *shapes: list(shapes[0]), "tuple"),
+    ("broadcast_shapes", lambda *shapes: tuple(max(axis) for axis in itertools.zip_longest(*[s[::-1] for s in shapes], fillvalue=1))[::-1], "even 0"),
+    ("batch_matmul", lambda a, b: a @ b, "not allowed"),
+    ("batch_matmul", torch.bmm, "not allowed"),
+    ("batch_matmul", lambda a, b: (a[..., None]*b[..., None, :, :]).sum(-1), "which axis"),
+    ("batch_matmul", lambda a, b: a.new_zeros(a.shape[0], b.shape[1]), "wrong numbers"),
+    ("einsum2", lambda spec, a, b: a[..., None]*b, "shape"),
+    ("einsum2", lambda spec, a, b: a.new_zeros(3, 4), "the matrix product"),
+    ("matmul_blocked", lambda a, b, size, kernel: a @ b, "calls of the kernel"),
+    ("matmul_blocked", naive_blocks, "is due"),
+    ("strassen", forgets_a_block, "C11"),
+    ("predictions", None, "dict"),
+])
+def test_checkers_say_what_is_wrong(checker, answer, word):
+    from exp.exercises import matmul
+    with pytest.raises(AssertionError, match=word): getattr(matmul, f"check_{checker}")(answer)

@@ -98,7 +98,7 @@ class Module:
         self._memory = None
         return values
 
-# %% ../nbs/02_backprop.ipynb #9fbccc59
+# %% ../nbs/02_backprop.ipynb #b9dd211e
 def accumulate(
     p: Tensor,     # a parameter
     grad: Tensor,  # its gradient, the shape of p
@@ -106,7 +106,7 @@ def accumulate(
     "Add `grad` to `p.grad`, which starts out as None."
     p.grad = grad if p.grad is None else p.grad + grad
 
-
+# %% ../nbs/02_backprop.ipynb #ead763b6
 class Linear(Module):
     """Compute x @ weight.T + bias over the last dimension.
     Same as: nn.Linear (1e-6), but it starts with weights from N(0, 2/in) and a bias of zero."""
@@ -161,7 +161,7 @@ class Linear(Module):
         nf, ni = self.weight.shape
         return f"Linear(in_features={ni}, out_features={nf}, bias={self.bias is not None})"
 
-# %% ../nbs/02_backprop.ipynb #ec446e21
+# %% ../nbs/02_backprop.ipynb #51b42228
 class ReLU(Module):
     "max(x, 0), with slope 0 at the kink. Same as: nn.ReLU (exact)."
     def forward(self, x: Tensor) -> Tensor: return self.remember(x.clamp(min=0), x)
@@ -171,7 +171,7 @@ class ReLU(Module):
         x, = self.recall(grad)
         return torch.where(x <= 0, 0, grad)
 
-
+# %% ../nbs/02_backprop.ipynb #cdd1d2f4
 def _check_loss_input(name: str, x: Tensor) -> None:
     "A loss takes floating point, and at least one number."
     if not x.is_floating_point():
@@ -187,7 +187,7 @@ class MSE(Module):
         _check_loss_input("pred", pred); _check_loss_input("y", y)
         if pred.shape != y.shape: raise ValueError(
             f"pred is {tuple(pred.shape)} but y is {tuple(y.shape)}: reshape one, or broadcasting "
-            "would compare every row with every other")
+            "pairs all rows with all")
         diff = pred - y
         return self.remember((diff**2).mean(), diff)
 
@@ -196,7 +196,7 @@ class MSE(Module):
         diff, = self.recall()
         return grad * 2/diff.numel() * diff
 
-# %% ../nbs/02_backprop.ipynb #0d1f5940
+# %% ../nbs/02_backprop.ipynb #f3bb6110
 class Sequential(Module):
     "Layers one after the other; backward visits them in reverse. Same as: nn.Sequential (1e-6)."
     def __init__(self, *layers: Module): self.layers = layers
@@ -218,7 +218,7 @@ class Sequential(Module):
     def __len__(self) -> int: return len(self.layers)
     def __repr__(self): return f"Sequential({', '.join(map(repr, self.layers))})"
 
-
+# %% ../nbs/02_backprop.ipynb #cb6f0aa8
 def mlp(
     params: list[Tensor],  # [w1, b1, w2, b2, …], as init_mlp makes them; shared, not copied
 ) -> Sequential:           # Linear, ReLU, Linear, …
@@ -261,7 +261,7 @@ class CrossEntropy(Module):
             f"targets go from {low} to {high}, but logits has classes 0 to {logits.shape[1] - 1}: "
             "check the labels")
 
-# %% ../nbs/02_backprop.ipynb #b2ec584c
+# %% ../nbs/02_backprop.ipynb #1184ce11
 def check_gradients(
     layer: Module,        # a layer, a model or a loss; it must give the same output each time
     x: Tensor,            # its input, any float dtype; further than h from every kink
@@ -289,7 +289,7 @@ def check_gradients(
                                  finite_difference_grad(weighted_sum, tensor, h), rtol, atol)
             for name, (tensor, grad) in pairs.items()}
 
-
+# %% ../nbs/02_backprop.ipynb #363824f0
 def _compare_grads(
     what: str, grad: Tensor | None, numeric: Tensor, rtol: float, atol: float,
 ) -> float:  # the largest error
@@ -306,7 +306,7 @@ def _compare_grads(
             f"At {list(at)}: {grad[at]:.6g}, by finite differences {numeric[at]:.6g}")
     return (grad - numeric).abs().max().item()
 
-# %% ../nbs/02_backprop.ipynb #95245654
+# %% ../nbs/02_backprop.ipynb #f5debd38
 def minibatches(
     n: int,             # number of examples
     bs: int,            # batch size; the last batch holds what is left
@@ -317,7 +317,7 @@ def minibatches(
     if n < 1 or bs < 1: raise ValueError(f"n is {n}, bs is {bs}: both must be 1 or more")
     return iter(torch.randperm(n, generator=torch.Generator().manual_seed(seed)).split(bs))
 
-
+# %% ../nbs/02_backprop.ipynb #b3a601c3
 def train_mlp(
     grad_func: Callable,   # (params, xb, yb) -> (loss, gradients in the order of params)
     params: list[Tensor],  # updated in place

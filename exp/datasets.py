@@ -183,7 +183,7 @@ def source_of(
     if note: return json.loads(note.read_text(encoding="utf-8"))["source"]
     raise ValueError(f"path {path.name!r} has no {_NOTE} in or above it: pass what fetch returned")
 
-# %% ../nbs/00a_datasets.ipynb #8e41de30
+# %% ../nbs/00a_datasets.ipynb #cb5a160d
 class UnsafeArchive(ValueError):
     "An archive holds something that has no place in a data set."
 
@@ -198,7 +198,7 @@ def safe_member(
     elif member.issym() or member.islnk(): why = f"is a link to {member.linkname!r}"
     elif not (member.isfile() or member.isdir()): why = "is a device or a pipe"
     else: return member
-    raise UnsafeArchive(f"member {member.name!r} {why}: nothing is kept of this archive, avoid it")
+    raise UnsafeArchive(f"member {member.name!r} {why}: nothing of the archive is kept; avoid it")
 
 # %% ../nbs/00a_datasets.ipynb #e84b2d94
 class _Bar:
@@ -239,14 +239,16 @@ def unpack(
         raise ValueError(f"archive {Path(archive).name!r} is damaged ({e}): fetch it again") from e
     finally: bar.close()
 
-# %% ../nbs/00a_datasets.ipynb #242818e5
+# %% ../nbs/00a_datasets.ipynb #b4b6e015
 _BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
             "Accept": "*/*", "Accept-Encoding": "identity"}
 
 
 def _patience() -> float:
     "Seconds of silence that we bear."
-    return float(os.environ.get("EXP_TIMEOUT") or 15)
+    text = os.environ.get("EXP_TIMEOUT") or "15"
+    try: return float(text)
+    except ValueError: raise ValueError(f"EXP_TIMEOUT is {text!r}: give seconds, as 15") from None
 
 
 def _open(url: str, **headers: str) -> http.client.HTTPResponse:
@@ -317,7 +319,7 @@ def _from_web(url: str, digest: str, work: Path) -> Path:
         if not continued: raise
     return _from_web(url, digest, work)
 
-# %% ../nbs/00a_datasets.ipynb #0db5ada6
+# %% ../nbs/00a_datasets.ipynb #da1a8413
 def _is_url(place: str) -> bool: return place.startswith(("http://", "https://"))
 
 
@@ -326,7 +328,7 @@ def _read_sums(place: str) -> dict[str, str]:
     if _is_url(place):
         with _open(f"{place.rstrip('/')}/SHA256SUMS") as response: text = response.read().decode()
     else: text = (Path(place)/"SHA256SUMS").read_text(encoding="utf-8")
-    pairs = (line.split(maxsplit=1) for line in text.splitlines() if line.strip())
+    pairs = (pair for line in text.splitlines() if len(pair := line.split(maxsplit=1)) == 2)
     return {f.strip().lstrip("*").removeprefix("./"): f"sha256:{h.lower()}" for h, f in pairs}
 
 
@@ -352,12 +354,13 @@ def _obtain(d: DataSet, kind: str, place: str, work: Path) -> list[Path]:
     if _is_url(place): return [_from_web(f"{place.rstrip('/')}/{f}", h, work) for f, h in listing]
     return [_check_digest(Path(place)/f, h, "EXP_MIRROR") for f, h in listing]
 
-# %% ../nbs/00a_datasets.ipynb #5879f23d
+# %% ../nbs/00a_datasets.ipynb #f16da48a
 def _whole(folder: Path, d: DataSet) -> Path:
     "The folder that directly holds the set: this one, or one below."
     for f in (folder, *sorted(f for f in folder.iterdir() if f.is_dir())):
         if all((f/name).exists() for name in d.holds): return f
-    raise ValueError(f"the files fetched as {d.name!r} hold no {', '.join(d.holds)}: avoid them")
+    raise ValueError(f"the files fetched as {d.name!r} lack {' or '.join(d.holds)}: they are "
+                     "another set; fetch it again, or from another EXP_MIRROR")
 
 
 def _write_note(folder: Path, d: DataSet, kind: str) -> None:
@@ -420,7 +423,7 @@ def _try_all(d: DataSet, final: Path, work: Path) -> Path:
         else: return _install(d, files, kind, final, work)
     raise wrong or _Unreachable("; ".join(reasons))
 
-# %% ../nbs/00a_datasets.ipynb #eaff1d3b
+# %% ../nbs/00a_datasets.ipynb #a7c9e677
 def _locked(connection: sqlite3.Connection) -> bool:
     "Take the lock, or say that somebody else has it."
     try: connection.execute("BEGIN EXCLUSIVE")
@@ -437,11 +440,11 @@ def _alone(lock: Path, name: str) -> Iterator[None]:
     try:
         if not _locked(connection):
             _say(f"{name}: another process is fetching it; waiting")
-            while not _locked(connection): pass
+            while not _locked(connection): pass  # each try waits for a moment, see timeout
         yield
     finally: connection.close()
 
-# %% ../nbs/00a_datasets.ipynb #6e18157c
+# %% ../nbs/00a_datasets.ipynb #c742ddea
 @contextmanager
 def _writing(d: DataSet, cache: Path) -> Iterator[None]:
     "Turn what a disk complains about into words. Raises: OSError naming the cure."
@@ -457,6 +460,7 @@ def _writing(d: DataSet, cache: Path) -> Iterator[None]:
 
 def _get(d: DataSet) -> Path:
     "The set, fetched now, by us or by the process we waited for."
+    _patience()                           # a wrong EXP_TIMEOUT must not cost what is downloaded
     cache = _caches()[0]
     work = cache/".fetch"/d.name
     with _writing(d, cache):
@@ -473,7 +477,7 @@ def _clean_after(d: DataSet, final: Path, work: Path) -> Path:
     shutil.rmtree(work, ignore_errors=True)
     return got
 
-# %% ../nbs/00a_datasets.ipynb #aef1ca06
+# %% ../nbs/00a_datasets.ipynb #a09eadd1
 def _standin(d: DataSet, why: str, cure: str) -> Path:
     "The embedded stand-in, announced in one line."
     _say(f"{d.name}: using a stand-in ({d.instead}) because {why}; "
@@ -495,8 +499,9 @@ def fetch(
     Raises: ValueError on an unknown name; WrongDigest, UnsafeArchive on tampered data; OSError if
     the disk is full."""
     d = _known(name)
-    if _is_offline() if offline is None else offline:
-        return _standin(d, "this is offline", "fetch it without EXP_OFFLINE")
+    cure = "unset EXP_OFFLINE" if offline is None else "call fetch without offline=True"
+    if offline is None: offline = _is_offline()
+    if offline: return _standin(d, "this is offline", cure)
     try: return _cached(d) or _get(d)
     except _Unreachable as e:
         return _standin(d, f"no source has it ({e})", "go online or set EXP_MIRROR")

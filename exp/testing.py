@@ -123,7 +123,7 @@ def test_like(
 
 test_like.__test__ = False  # pytest would take its name for a test
 
-# %% ../nbs/01_matmul.ipynb #f2cf48bc
+# %% ../nbs/01_matmul.ipynb #3d877f7d
 class Table(str):
     "A Markdown table: prints as aligned text, and a notebook draws it."
     def _repr_markdown_(self) -> str: return str(self)
@@ -135,21 +135,21 @@ def table(
 ) -> Table:                # Markdown, padded to be readable as plain text too
     "Lay out rows as a table; columns of numbers stand to the right. Raises: ValueError."
     if not rows: raise ValueError("rows is empty: without a row nobody knows the columns; give one")
-    lines = []
+    columns = []
     for name in rows[0]:
         cells = [str(row.get(name, "")).replace("|", "\\|") for row in rows]
         right = all(re.match(r"[-+±.]?\d|[–-]?$", cell) for cell in cells)
         width = max(3, len(name), *map(len, cells))
-        rule = "-"*width + ("-:" if right else "--")
-        lines.append([rule if cell is None else f" {cell:{'>' if right else '<'}{width}} "
-                      for cell in [name, None, *cells]])
-    return Table("\n".join("|" + "|".join(line) + "|" for line in zip(*lines)))
+        head, *body = [f" {cell:{'>' if right else '<'}{width}} " for cell in (name, *cells)]
+        columns.append([head, "-"*(width + 1) + (":" if right else "-"), *body])
+    return Table("\n".join("|" + "|".join(line) + "|" for line in zip(*columns)))
 
-# %% ../nbs/01_matmul.ipynb #d77b70ac
+# %% ../nbs/01_matmul.ipynb #dcc3035a
 def _time_text(seconds: float) -> str:
     "Three digits and the unit that suits: 4.56 µs, 12.3 ms, 7.89 s."
-    unit, size = next(((u, s) for u, s in (("s", 1), ("ms", 1e-3)) if seconds >= s), ("µs", 1e-6))
-    return f"{seconds/size:,.{max(0, 2 - int(math.log10(max(1, seconds/size))))}f} {unit}"
+    unit, size = ("s", 1) if seconds >= 1 else ("ms", 1e-3) if seconds >= 1e-3 else ("µs", 1e-6)
+    number = seconds/size
+    return f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f} {unit}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -166,7 +166,7 @@ def test_offline_asks_nobody(web, monkeypatch, capsys, value, offline):
     web.pages["/a/toy.tgz"] = serve(GOOD)
     monkeypatch.setenv("EXP_OFFLINE", value)
     assert source_of(fetch("toy", offline=offline)) == "stand-in" and not web.log
-    assert "EXP_OFFLINE" in capsys.readouterr().err
+    assert ("EXP_OFFLINE" if offline is None else "offline=True") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value, offline", [("0", None), ("", None), ("1", False)])
@@ -309,6 +309,11 @@ def test_slow_server_times_out(web, monkeypatch, capsys, how):
     assert "timed out" in (said := capsys.readouterr().err) and "EXP_TIMEOUT=0.2" in said
 
 
+def test_timeout_must_be_a_number(web, monkeypatch):
+    monkeypatch.setenv("EXP_TIMEOUT", "soon")
+    with pytest.raises(ValueError, match="EXP_TIMEOUT is 'soon': give seconds"): fetch("toy")
+
+
 # ---- mirrors ----
 
 def mirror(folder, data=GOOD, sums=None):
@@ -341,7 +346,8 @@ def test_mirror_url(web, monkeypatch):
     assert not web.asked("/a/toy.tgz")
 
 
-@pytest.mark.parametrize("sums, word", [(None, "No such file"), ("0"*64 + "  other.tgz", "its SHA256SUMS does not list toy.tgz")])
+@pytest.mark.parametrize("sums, word", [(None, "No such file"), ("0"*64 + "  other.tgz", "its SHA256SUMS does not list toy.tgz"),
+                                        ("no digests here\nodd\n", "its SHA256SUMS does not list toy.tgz")])
 def test_a_poor_mirror_is_passed_over(web, monkeypatch, tmp_path, capsys, sums, word):
     if sums: mirror(tmp_path/"m", sums=sums)
     monkeypatch.setenv("EXP_MIRROR", str(tmp_path/"m"))
@@ -550,7 +556,7 @@ def test_another_set_in_the_archive(web, monkeypatch):
     data = tgz({"pictures/a.txt": "a"})
     monkeypatch.setitem(registry, "toy", toy(data, f"{web.url}/a/"))
     web.pages["/a/toy.tgz"] = serve(data)
-    with pytest.raises(ValueError, match="no train, val"): fetch("toy")
+    with pytest.raises(ValueError, match="lack train or val"): fetch("toy")
     nothing_visible()
 
 

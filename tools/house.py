@@ -93,20 +93,23 @@ def papers(nb) -> str:
     return ", ".join(dict.fromkeys(f"{short(a)} {y}" for a, y in found))
 
 
-def results(stem: str) -> str:
-    "The headline result of a lesson: its first record, smallest scale last."
-    found = [json.loads(p.read_text()) for p in sorted((ROOT/"results").glob(f"{stem}-*.json"))]
-    found = sorted((r for r in found if r.get("headline")), key=lambda r: r["scale"] != "cpu")
-    if not found: return ""
-    r = found[0]
-    n = len(r["values"])
-    spread = f" ± {r['sd']:.2g}" if n > 1 else ""
-    return f"{r['what']}: {r['mean']:.4g}{spread} {r['unit']}".rstrip() + (f" ({n} seeds)" if n > 1 else "")
+def records(stem: str, gpu: bool) -> list[dict]:
+    "A lesson's records from one kind of machine, those marked as headline first."
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"results").glob(f"{stem}-*.json"))]
+    return sorted((r for r in found if (r["scale"] == "gpu") == gpu), key=lambda r: not r.get("headline"))
+
+
+def result(stem: str, gpu: bool) -> str:
+    "The first record of a lesson in words; a lesson that was measured on a CPU only says so."
+    from exp.testing import result_text
+    found = records(stem, gpu)
+    if not found: return "not yet measured" if gpu and records(stem, False) else ""
+    return f"{found[0]['what']}: {result_text(found[0])}"
 
 
 def lesson_map(inside_nbs: bool = False) -> str:
-    "Lesson → module → what it builds → papers → time → result, a Markdown table made from the notebooks and results/."
-    rows = ["| lesson | module | builds | papers | time | result |", "|---|---|---|---|---|---|"]
+    "Lesson → module → what it builds → papers → time → results, a Markdown table made from the notebooks and results/."
+    rows = ["| lesson | module | builds | papers | time | result on a CPU | result on a GPU |", "|---|---|---|---|---|---|---|"]
     for path in lessons():
         nb = read(path)
         title = source(nb["cells"][0])
@@ -114,8 +117,10 @@ def lesson_map(inside_nbs: bool = False) -> str:
         module = re.search(r"#\| default_exp (\S+)", " ".join(map(source, nb["cells"]))).group(1)
         builds = re.search(r"\*\*You will build\*\* (.+?) · ", title).group(1)
         time = re.search(r"\*\*Time\*\* (.+)$", title, flags=re.M).group(1).replace(" on a laptop CPU", "").split(",")[0]
+        time = re.sub(r" min$", " minutes", re.sub(r" s$", " seconds", time)).replace("1 minutes", "1 minute")
         link = path.name if inside_nbs else f"nbs/{path.name}"
-        rows.append(f"| [{name}]({link}) | `exp.{module}` | {builds} | {papers(nb)} | {time} | {results(path.stem)} |")
+        cells = [f"[{name}]({link})", f"`exp.{module}`", builds, papers(nb), time, result(path.stem, False), result(path.stem, True)]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 

@@ -1,0 +1,570 @@
+"exp.schedule: the shapes against PyTorch's, the callback's promises, and a range test that leaves no trace."
+import copy
+import math
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.optim import lr_scheduler as T
+
+from exp import learner as L, schedule as S
+from exp.training import SGD, DataLoader, Linear, ReLU, Sequential, TensorDataset, cross_entropy
+
+share = st.floats(0, 1)
+value = st.floats(-1e3, 1e3)
+positive = st.floats(1e-6, 1e3)
+ANNEALERS = [S.linear, S.cosine, S.poly, S.exponential]
+
+
+def rates(make, n, lr=1., opt_func=partial(torch.optim.SGD, momentum=.9)):
+    "Rate and momentum before each of n steps of a PyTorch scheduler."
+    opt = opt_func([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler, out = make(opt), []
+    for _ in range(n):
+        group = opt.param_groups[0]
+        out.append((group["lr"], group["betas"][0] if "betas" in group else group["momentum"]))
+        opt.step(); scheduler.step()
+    return out
+
+
+def close(schedule, theirs, n, column=0):
+    for i, pair in enumerate(theirs): assert schedule(i/n) == pytest.approx(pair[column], rel=1e-9, abs=1e-12), i
+
+
+# --- shapes ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("make", ANNEALERS)
+@given(start=positive, end=positive)
+def test_ends_are_exact_and_the_way_is_monotone(make, start, end):
+    schedule = make(start, end)
+    assert schedule(0) == start and schedule(1) == end
+    values = [schedule(i/40) for i in range(41)]
+    sign = 1 if end >= start else -1
+    slack = 1e-9*max(start, end)
+    assert all(sign*(b - a) >= -slack for a, b in zip(values, values[1:]))
+    assert all(min(start, end) - slack <= v <= max(start, end) + slack and type(v) is float for v in values)
+
+
+@given(value, value, share)
+def test_mirror_law(a, b, p):
+    for make in (S.linear, S.cosine): assert make(a, b)(p) == pytest.approx(make(b, a)(1 - p), rel=1e-9, abs=1e-9)
+
+
+@given(value, share)
+def test_constant_is_constant(v, p): assert S.constant(v)(p) == pytest.approx(v, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 7, 60])
+@pytest.mark.parametrize("ours, theirs", [
+    (S.linear(1, .2), lambda o, n: T.LinearLR(o, 1., .2, n)),
+    (S.linear(.1, 1), lambda o, n: T.LinearLR(o, .1, 1., n)),
+    (S.cosine(1, .1), lambda o, n: T.CosineAnnealingLR(o, n, .1)),
+    (S.poly(1, 0, 3), lambda o, n: T.PolynomialLR(o, n, 3)),
+    (S.poly(1, 0, .5), lambda o, n: T.PolynomialLR(o, n, .5)),
+    (S.exponential(1, 1e-3), lambda o, n: T.ExponentialLR(o, 1e-3**(1/n))),
+    (S.constant(1), lambda o, n: T.ConstantLR(o, 1., n))])
+def test_annealers_match_pytorch(ours, theirs, n): close(ours, rates(lambda o: theirs(o, n), n), n)
+
+
+@pytest.mark.parametrize("climb, n", [(1, 10), (5, 60), (30, 100)])
+def test_warm_up_matches_pytorch(climb, n):
+    theirs = rates(lambda o: T.SequentialLR(o, [T.LinearLR(o, .04, 1., climb), T.CosineAnnealingLR(o, n - climb)], [climb]), n)
+    close(S.warm_up(S.cosine(1, 0), climb/n), theirs, n)
+
+
+@pytest.mark.parametrize("cycles, half", [(1, 5), (3, 10), (7, 3)])
+@pytest.mark.parametrize("mode, decay", [("triangular", 1.), ("triangular2", .5)])
+def test_cyclical_matches_pytorch(cycles, half, mode, decay):
+    n = 2*half*cycles
+    close(S.cyclical(.1, 1, cycles, decay), rates(lambda o: T.CyclicLR(o, .1, 1., half, mode=mode, cycle_momentum=False), n), n)
+
+
+@pytest.mark.parametrize("first, cycles, mult", [(10, 1, 1), (7, 7, 1), (10, 3, 2), (2, 4, 3), (1, 10, 1)])
+@pytest.mark.parametrize("low", [0., .1])
+def test_warm_restarts_match_pytorch(first, cycles, mult, low):
+    n = sum(first*mult**i for i in range(cycles))
+    close(S.warm_restarts(1, low, cycles, mult), rates(lambda o: T.CosineAnnealingWarmRestarts(o, first, mult, low), n), n)
+
+
+@pytest.mark.parametrize("n", [20, 101])
+@pytest.mark.parametrize("pct, strategy, anneal", [(.3, "cos", S.cosine), (.5, "linear", S.linear), (.1, "cos", S.cosine)])
+@pytest.mark.parametrize("opt_func", [partial(torch.optim.SGD, momentum=.9), torch.optim.AdamW])
+def test_one_cycle_matches_pytorch(n, pct, strategy, anneal, opt_func):
+    make = lambda o: T.OneCycleLR(o, .4, n + 1, pct_start=pct, anneal_strategy=strategy, div_factor=20., final_div_factor=500.,
+                                  base_momentum=.8, max_momentum=.9)
+    theirs = rates(make, n + 1, opt_func=opt_func)
+    ours = S.one_cycle(.4, (pct*(n + 1) - 1)/n, anneal, True, .8, .9, 20., 500.).schedules
+    close(ours["lr"], theirs, n)
+    close(ours["momentum"], theirs, n, column=1)
+
+
+# --- pieces in a row -------------------------------------------------------------------------------------------------------
+
+pieces = st.lists(st.tuples(st.floats(.05, 1), value, value), min_size=1, max_size=5)
+
+
+@given(pieces, share)
+def test_combine_is_its_pieces(parts, q):
+    total = sum(f for f, _, _ in parts)
+    fractions = [f/total for f, _, _ in parts]
+    whole = S.combine(fractions, [S.linear(a, b) for _, a, b in parts])
+    assert whole(0) == parts[0][1] and whole(1) == pytest.approx(parts[-1][2], rel=1e-6, abs=1e-6)
+    for i, (_, a, b) in enumerate(parts):
+        p = min(1., sum(fractions[:i]) + q*fractions[i])
+        ends = [S.linear(a, b)(q)] + ([parts[i+1][1]] if i + 1 < len(parts) and q > .999999 else [])
+        assert any(whole(p) == pytest.approx(e, rel=1e-6, abs=1e-3) for e in ends)
+
+
+@given(st.integers(2, 60), st.integers(1, 20))
+def test_a_border_belongs_to_the_next_piece(n_pieces, per_piece):
+    whole = S.combine([1/n_pieces]*n_pieces, [S.linear(1, 0)]*n_pieces)
+    n = n_pieces*per_piece
+    assert all(whole(i/n) == pytest.approx(1 - (i % per_piece)/per_piece, abs=1e-6) for i in range(n))
+
+
+def test_combine_nests():
+    inner = S.combine([.5, .5], [S.linear(0, 1), S.linear(1, 2)])
+    assert S.combine([.2, .8], [S.constant(0), inner])(.6) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("p", [-1e-9, 1.0001, 2, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("schedule", [f(.1, 1) for f in ANNEALERS] + [
+    S.constant(1), S.combine([1.], [S.constant(1)]), S.cyclical(0, 1), S.warm_restarts(1), S.warm_up(S.constant(1))])
+def test_positions_off_the_track_are_refused(schedule, p):
+    with pytest.raises(ValueError, match=f"position is {p}: give a number from 0"): schedule(p)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: S.linear(math.nan, 1), "start is nan: give a finite number"),
+    (lambda: S.cosine(0, math.inf), "end is inf: give a finite number"),
+    (lambda: S.exponential(0, 1), "start is 0: give a finite number above 0"),
+    (lambda: S.exponential(1, -1), "end is -1: give a finite number above 0"),
+    (lambda: S.poly(1, 0, 0), "power is 0: .* above 0"),
+    (lambda: S.constant(math.inf), "inf"),
+    (lambda: S.combine([.5, .6], [S.constant(1)]*2), r"sum to 1.1: make them sum to 1"),
+    (lambda: S.combine([.5, .5], [S.constant(1)]), "2 fractions and 1 schedules: give one"),
+    (lambda: S.combine([], []), "0 fractions and 0 schedules"),
+    (lambda: S.combine([1.5, -.5], [S.constant(1)]*2), "fraction is -0.5"),
+    (lambda: S.warm_up(S.constant(1), 0), "pct_start is 0"),
+    (lambda: S.warm_up(S.constant(1), 1.), "pct_start is 1.0: .* below 1"),
+    (lambda: S.warm_up(S.constant(1), .1, 0), "div_factor is 0"),
+    (lambda: S.cyclical(0, 1, 0), "n_cycles is 0: give a whole number"),
+    (lambda: S.cyclical(0, 1, 1.5), "n_cycles is 1.5"),
+    (lambda: S.cyclical(0, 1, 2, 0), "decay is 0"),
+    (lambda: S.warm_restarts(1, n_cycles=-1), "n_cycles is -1"),
+    (lambda: S.warm_restarts(1, cycle_mult=0), "cycle_mult is 0"),
+    (lambda: S.one_cycle(0), "max_lr is 0"), (lambda: S.one_cycle(math.nan), "max_lr is nan"),
+    (lambda: S.one_cycle(.1, 0), "pct_start is 0: give a finite number above 0 and below 1"), (lambda: S.one_cycle(.1, 1.), "pct_start is 1.0"), (lambda: S.one_cycle(.1, 30), "pct_start is 30"),
+    (lambda: S.one_cycle(.1, div_factor=0), "div_factor is 0"), (lambda: S.one_cycle(.1, final_div_factor=-1), "final_div_factor is -1"),
+    (lambda: S.one_cycle([]), "lr is an empty list: give each parameter group one"),
+    (lambda: S.ParamScheduler(), "nothing to schedule"), (lambda: S.ParamScheduler(lr=[]), "lr is an empty list"),
+    (lambda: S.plot_schedules({}), "no curves")])
+def test_bad_values_are_named(call, words):
+    with pytest.raises(ValueError, match=words): call()
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: S.combine([.5, .5], [S.constant(1), .3]), r"0.3 is no schedule: try constant\(0.3\)"),
+    (lambda: S.ParamScheduler(lr=.1), r"lr is 0.1: give a schedule, say constant\(0.1\)"),
+    (lambda: S.ParamScheduler(lr=[S.constant(1), .1]), "lr is 0.1"),
+    (lambda: S.linear("0", 1), "start is '0': give a number"), (lambda: S.one_cycle("0.1"), "max_lr is '0.1'")])
+def test_bad_types_are_named(call, words):
+    with pytest.raises(TypeError, match=words): call()
+
+
+# --- in a training ---------------------------------------------------------------------------------------------------------
+
+def data(n=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=g)
+    return x, (x[:, 0] > 0).long()
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(.3), nn.Linear(8, 2))
+
+
+def batches(n=40, bs=8): x, y = data(n); return [(x[i:i+bs], y[i:i+bs]) for i in range(0, n, bs)]
+
+
+momentum_sgd = partial(torch.optim.SGD, momentum=.9)
+def make(cbs=(), opt_func=momentum_sgd, lr=.1, dls=None): return L.Learner(model(), dls or L.DataLoaders(batches(), batches(16)), cross_entropy, opt_func, lr, cbs)
+
+
+def two_groups(params, lr):
+    params = list(params)
+    return torch.optim.SGD([{"params": params[:2], "weight_decay": .1}, {"params": params[2:]}], lr=lr, momentum=.9)
+
+
+def bits(model): return [v.clone() for v in model.state_dict().values()]
+def same(a, b): return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+class Groups(L.Callback):
+    "Notes hyper-parameters of every batch, validation too."
+    def before_fit(self, learn): self.seen = []
+    def after_pred(self, learn): self.seen.append([{k: v for k, v in g.items() if k != "params"} for g in learn.opt.param_groups])
+
+
+@pytest.mark.parametrize("n_epochs, n_batches", [(1, 1), (1, 5), (3, 4)])
+def test_value_follows_the_position(n_epochs, n_batches):
+    notes = Groups()
+    learn = make([notes], dls=L.DataLoaders(batches(8*n_batches)))
+    learn.fit(n_epochs, cbs=S.ParamScheduler(lr=S.linear(1, 0), weight_decay=S.constant(.01)))
+    total = n_epochs*n_batches
+    assert [g["lr"] for g, in notes.seen] == pytest.approx([1 - i/total for i in range(total)])
+    assert all(g["weight_decay"] == .01 and g["momentum"] == .9 for g, in notes.seen), notes.seen
+
+
+def test_validation_does_not_move_it():
+    notes = Groups()
+    make([notes]).fit(2, cbs=S.ParamScheduler(lr=S.linear(1, 0)))
+    assert [g["lr"] for g, in notes.seen] == pytest.approx([1, .9, .8, .7, .6, .6, .6, .5, .4, .3, .2, .1, .1, .1])
+    learn = make([S.ParamScheduler(lr=S.linear(1, 0))])
+    learn.validate(); learn.predict()              # without an optimizer, and without a position
+
+
+@pytest.mark.parametrize("opt_func", [torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam])
+def test_momentum_is_adams_first_beta(opt_func):
+    notes = Groups()
+    learn = make([notes], opt_func)
+    learn.fit(1, cbs=S.ParamScheduler(momentum=S.linear(.5, 0)))
+    assert [g["betas"] for g, in notes.seen[:5]] == [(pytest.approx(.5 - i/10), .999) for i in range(5)]
+    assert learn.opt.param_groups[0]["betas"] == (.9, .999)
+
+
+def test_each_group_has_its_own():
+    notes = Groups()
+    learn = make([notes], two_groups)
+    learn.fit(1, cbs=S.ParamScheduler(lr=[S.linear(1, 0), S.linear(2, 1)], weight_decay=S.constant(.5)))
+    assert [[g["lr"] for g in gs] for gs in notes.seen[:5]] == [[pytest.approx(1 - i/5), pytest.approx(2 - i/5)] for i in range(5)]
+    assert all(g["weight_decay"] == .5 for gs in notes.seen for g in gs)
+    assert [g["weight_decay"] for g in learn.opt.param_groups] == [.1, 0]
+    learn.fit(1, cbs=S.one_cycle((.1, .2)))
+    assert [gs[1]["lr"]/gs[0]["lr"] for gs in notes.seen[:5]] == [pytest.approx(2)]*5
+
+
+@pytest.mark.parametrize("schedules, opt_func, words", [
+    (dict(momentun=S.constant(.9)), momentum_sgd, "'momentun' is unknown to this optimizer: schedule one of .*momentum"),
+    (dict(momentum=S.constant(.9)), SGD, "'momentum' is unknown to this optimizer: schedule one of lr"),
+    (dict(betas=S.constant(.9)), torch.optim.AdamW, "'betas' is no number there: schedule one of .*momentum"),
+    (dict(nesterov=S.constant(1)), momentum_sgd, "'nesterov' is no number there"),
+    (dict(params=S.constant(1)), momentum_sgd, "'params' is no number there"),
+    (dict(lr=[S.constant(1)]*3), two_groups, r"lr has 3 schedules, but the optimizer 2 parameter group\(s\): give one for each")])
+def test_what_the_optimizer_has_not_is_named(schedules, opt_func, words):
+    learn = make(opt_func=opt_func)
+    before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(L.LearnerError, match=words) as caught: learn.fit(1, cbs=S.ParamScheduler(**schedules))
+    assert isinstance(caught.value.__cause__, ValueError) and same(before.values(), learn.model.state_dict().values())
+    learn.fit(1)
+
+
+class NoLen:
+    def __iter__(self): return iter(batches())
+
+
+class WrongLen(NoLen):
+    def __len__(self): return 3
+
+
+@pytest.mark.parametrize("dl, words", [(NoLen(), r"has no len\(\), so its end is not known: give it a __len__"), (WrongLen(), r"len\(\) 3 but gives more: correct")])
+def test_a_loader_without_a_known_end(dl, words):
+    with pytest.raises(L.LearnerError, match=words): make(dls=L.DataLoaders(dl)).fit(1, cbs=S.one_cycle(.1))
+
+
+class Raise(L.Callback):
+    "Raises an error in batch 3 of the first epoch."
+    def __init__(self, error): self.error = error
+    def after_backward(self, learn):
+        if learn.epoch == 0 and learn.batch == 3: raise self.error
+
+
+@pytest.mark.parametrize("error, caught", [(None, None), (KeyboardInterrupt(), KeyboardInterrupt), (OSError("x"), L.LearnerError),
+                                           (L.CancelFit(), None), (L.CancelEpoch(), None), (L.CancelBatch(), None)])
+@pytest.mark.parametrize("opt_func", [momentum_sgd, torch.optim.AdamW, two_groups])
+def test_everything_is_put_back_however_it_ends(error, caught, opt_func):
+    learn = make(opt_func=opt_func)
+    learn.fit(0)
+    before = [{k: v for k, v in g.items() if k != "params"} for g in learn.opt.param_groups]
+    def fit(): learn.fit(2, cbs=[S.ParamScheduler(lr=S.linear(.5, .3), momentum=S.linear(.3, .2), weight_decay=S.linear(.1, 1)), *([Raise(error)] if error else [])])
+    if caught:
+        with pytest.raises(caught): fit()
+    else: fit()
+    assert [{k: v for k, v in g.items() if k != "params"} for g in learn.opt.param_groups] == before
+
+
+def test_the_last_scheduler_wins_and_order_of_ends_does_not_matter():
+    notes = Groups()
+    learn = make([notes, S.ParamScheduler(lr=S.constant(.7))])
+    learn.fit(1, cbs=S.ParamScheduler(lr=S.constant(.2)))
+    assert {g["lr"] for g, in notes.seen} == {.2} and learn.opt.param_groups[0]["lr"] == .1
+    learn.fit(1)
+    assert {g["lr"] for g, in notes.seen} == {.7}
+
+
+@pytest.mark.parametrize("opt_func", [SGD, torch.optim.SGD, two_groups, torch.optim.AdamW])
+def test_one_cycle_fits_every_optimizer_and_wakes_no_momentum(opt_func):
+    notes = Groups()
+    learn = make([notes], opt_func)
+    learn.fit(4, cbs=S.one_cycle(.1))
+    momenta = {L._momentum(g) for gs in notes.seen for g in gs}
+    has = opt_func in (two_groups, torch.optim.AdamW)
+    assert (max(momenta) == .95 and min(momenta) < .86) if has else momenta <= {None, 0}
+    assert max(g["lr"] for gs in notes.seen for g in gs) == pytest.approx(.1, rel=.01)
+    learn.fit(1, cbs=S.one_cycle(.1, cycle_momentum=False))
+    assert all("betas" not in g or g["betas"] == (.9, .999) for gs in notes.seen for g in gs)
+    assert {L._momentum(g) for gs in notes.seen for g in gs} <= {None, 0, .9}
+
+
+def test_a_silent_momentum_stays_silent():
+    theirs = rates(lambda o: T.OneCycleLR(o, .1, 10), 10, opt_func=torch.optim.SGD)
+    assert max(m for _, m in theirs) == .95, "as the lesson says, PyTorch's scheduler switches it on"
+    notes = Groups()
+    make([notes], partial(torch.optim.AdamW, betas=(0., .99))).fit(1, cbs=S.one_cycle(.1))
+    assert {g["betas"] for g, in notes.seen} == {(0., .99)}
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, torch.tensor, int])
+def test_foreign_numbers_reach_the_optimizer_as_floats(number, tmp_path):
+    notes = Groups()
+    learn = make([notes])
+    learn.fit(1, cbs=[S.ParamScheduler(lr=lambda p: number(1)), S.ParamScheduler(weight_decay=S.linear(number(1), number(0))), L.SaveCheckpoint(tmp_path)])
+    assert all(type(g["lr"]) is float and type(g["weight_decay"]) is float for g, in notes.seen)
+    learn.load(tmp_path/"last.pt")
+
+
+def loaders(generator=None):
+    return L.DataLoaders(DataLoader(TensorDataset(*data()), 8, shuffle=True, generator=generator), DataLoader(TensorDataset(*data(16)), 8))
+
+
+class Cut(L.Callback):
+    def __init__(self, epoch, event): self.epoch = epoch; setattr(self, event, self._cut)
+    def _cut(self, learn):
+        if learn.epoch == self.epoch and learn.training is not None and (learn.batch or 0) >= 1: raise KeyboardInterrupt
+    after_step = after_validate = lambda self, learn: None
+
+
+@pytest.mark.parametrize("epoch, event", [(1, "after_step"), (2, "after_validate"), (3, "after_step")])
+@pytest.mark.parametrize("opt_func", [SGD, momentum_sgd, torch.optim.AdamW, two_groups])
+def test_a_resumed_schedule_is_bit_identical(tmp_path, epoch, event, opt_func):
+    def run(folder, seed=0, resume=None, extra=()):
+        learn = make(opt_func=opt_func, dls=loaders())
+        learn.model = model(seed)
+        recorder = L.Recorder()
+        learn.fit(4, cbs=[S.one_cycle(.2), recorder, L.SaveCheckpoint(folder), *extra], resume=resume)
+        return bits(learn.model), recorder.lrs, recorder.momenta, [{**g, "params": 0} for g in learn.opt.param_groups]
+    calm = run(tmp_path/"calm")
+    with pytest.raises(KeyboardInterrupt): run(tmp_path/"cut", extra=[Cut(epoch, event)])
+    random.seed(5); np.random.seed(5); torch.manual_seed(5)
+    resumed = run(tmp_path/"cut", 9, tmp_path/"cut"/"last.pt")
+    assert same(calm[0], resumed[0]) and calm[1:] == resumed[1:]
+
+
+def test_equals_pytorchs_scheduler_in_a_loop_by_hand():
+    learn = make(dls=L.DataLoaders(batches()))
+    torch.manual_seed(1)
+    learn.fit(3, cbs=S.ParamScheduler(lr=S.cosine(.3, 0)))
+    by_hand = model()
+    opt = momentum_sgd(by_hand.parameters(), lr=.3)
+    scheduler = T.CosineAnnealingLR(opt, 15)
+    torch.manual_seed(1)
+    for _ in range(3):
+        for xb, yb in batches():
+            F.cross_entropy(by_hand(xb), yb).backward()
+            opt.step(); opt.zero_grad(); scheduler.step()
+    for a, b in zip(bits(learn.model), bits(by_hand)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# --- the range test ----------------------------------------------------------------------------------------------------------
+
+def state(learn):
+    "Everything that training could change, as something to compare."
+    moments = [{k: torch.as_tensor(v).tolist() for k, v in s.items()} for s in learn.opt.state_dict()["state"].values()] if learn.opt else None
+    groups = [{k: (list(map(id, v)) if k == "params" else v) for k, v in g.items()} for g in learn.opt.param_groups] if learn.opt else None
+    grads = [None if p.grad is None else p.grad.tolist() for p in learn.model.parameters()]
+    cbs = [(id(cb), {k: copy.deepcopy(v) for k, v in vars(cb).items() if not k.startswith("_") and k != "error"}) for cb in learn.cbs if not isinstance(cb, L.Averages)]
+    kind, keys, *rest = np.random.get_state()
+    generators = [g.get_state().tolist() for g in L._generators(learn)]
+    return dict(model=[v.tolist() for v in learn.model.state_dict().values()], ids=[id(p) for p in learn.model.parameters()], moments=moments, groups=groups,
+                grads=grads, cbs=cbs, mode=[m.training for m in learn.model.modules()], history=copy.deepcopy(learn.history), values=dict(learn.values),
+                epochs=(learn.n_epochs, learn.epochs_done, learn.epoch), dls=(id(learn.dls), id(learn.dls.train)), opt=id(learn.opt),
+                random=(random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state().tolist(), generators))
+
+
+class Draws(L.Callback):
+    "Uses up random numbers of every kind, and raises an error in some batch of a range test."
+    def __init__(self, error=None): self.error, self.count = error, 0
+    def after_backward(self, learn):
+        random.random(); np.random.rand(); torch.rand(1); self.count += 1
+        if self.error and learn.n_batches == 40 and learn.batch == 17: raise self.error
+
+
+@pytest.mark.parametrize("error, caught", [(None, None), (KeyboardInterrupt(), KeyboardInterrupt), (OSError("gone"), L.LearnerError),
+                                           (SystemExit(), SystemExit), (MemoryError(), L.LearnerError)])
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("opt_func", [SGD, momentum_sgd, torch.optim.AdamW, two_groups])
+def test_lr_find_leaves_no_trace(tmp_path, error, caught, fitted, opt_func):
+    log, saved = tmp_path/"log.csv", tmp_path/"saved"
+    learn = make([L.Recorder(), L.EarlyStopping(), L.CSVLogger(log), L.SaveCheckpoint(saved), Draws(error)], opt_func, dls=loaders(torch.Generator().manual_seed(3)))
+    if fitted: learn.fit(2)
+    learn.model.eval()
+    learn.model[0].weight.grad = torch.ones(8, 6)
+    before, files = state(learn), {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    if caught:
+        with pytest.raises(caught): S.lr_find(learn, n_batches=40)
+    else: assert len(S.lr_find(learn, n_batches=40).lrs) > 10
+    after = state(learn)
+    for key in before: assert before[key] == after[key], key
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
+
+
+def test_lr_find_leaves_no_trace_when_the_loss_explodes():
+    regression = L.Learner(nn.Linear(6, 1), L.DataLoaders([(x, x[:, :1]) for x, _ in batches()]), nn.functional.mse_loss, momentum_sgd)
+    before = state(regression)
+    found = S.lr_find(regression, high=1e6)
+    assert state(regression) == before
+    assert len(found.lrs) < 100 and found.losses[-1] > 3*min(found.smooth)
+    assert all(math.isfinite(loss) for loss in found.losses)
+
+
+def test_fits_after_it_as_without_it():
+    runs = []
+    for look in (False, True):
+        torch.manual_seed(7); random.seed(7); np.random.seed(7)
+        learn = make([Draws()], dls=loaders())
+        learn.fit(1)
+        if look: S.lr_find(learn)
+        learn.fit(2, cbs=S.one_cycle(.1))
+        runs.append(bits(learn.model))
+    assert same(*runs)
+
+
+def test_a_closure_over_the_model_is_followed():
+    net = model()
+    groups = lambda params, lr: torch.optim.SGD([{"params": net[0].parameters()}, {"params": net[4].parameters()}], lr=lr)   # noqa: E731
+    learn = L.Learner(net, L.DataLoaders(batches(400)), cross_entropy, groups)
+    before = state(learn)
+    found = S.lr_find(learn, low=1e-3, high=.5)
+    assert min(found.smooth[-30:]) < .8*found.smooth[0], "the twin learns, although opt_func names the original"
+    assert state(learn) == before
+
+
+def test_our_own_modules_and_a_permanent_scheduler():
+    torch.manual_seed(0)
+    learn = L.Learner(Sequential(Linear(6, 8), ReLU(), Linear(8, 2)), L.DataLoaders(batches(400)), cross_entropy, cbs=[S.one_cycle(.1), L.TerminateOnNaN()])
+    before = bits(learn.model)
+    found = S.lr_find(learn, low=1e-4)
+    assert same(before, bits(learn.model)) and found.lrs[0] == pytest.approx(1e-4)
+    ratios = [b/a for a, b in zip(found.lrs, found.lrs[1:])]
+    assert ratios == pytest.approx([1e5**(1/100)]*len(ratios)), "equal factors, whatever the learner's own scheduler says"
+    assert isinstance(learn.cbs[1], S.ParamScheduler)
+
+
+def test_a_short_loader_is_read_again_and_no_epoch_ends(tmp_path):
+    class Epochs(L.Callback):
+        ends = []
+        def after_epoch(self, learn): self.ends.append(1)
+        after_validate = after_train = after_epoch
+    found = S.lr_find(make([Epochs()], dls=L.DataLoaders(batches(16), batches())), high=1., n_batches=33)
+    assert len(found.lrs) == 33 and Epochs.ends == []
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    (dict(low=0), "low is 0"), (dict(low=-1), "low is -1"), (dict(high=1e-7), "high is 1e-07: give a finite number above 1e-06"), (dict(high=math.inf), "high is inf"),
+    (dict(stop=1), "stop is 1: .* above 1"), (dict(n_batches=9), "n_batches is 9: give a whole number of at least 10"), (dict(n_batches=20.), "n_batches is 20.0")])
+def test_bad_bounds(kwargs, words):
+    with pytest.raises(ValueError, match=words): S.lr_find(make(), **kwargs)
+
+
+def test_what_cannot_be_tested():
+    with pytest.raises(ValueError, match="dls.train is an iterator, which the test would use up"): S.lr_find(make(dls=L.DataLoaders(iter(batches()))))
+    with pytest.raises(L.LearnerError, match="gave no batch"): S.lr_find(make(dls=L.DataLoaders([])))
+    x, y = data(8)
+    with pytest.raises(L.LearnerError, match="infinite or NaN after 0 batches, at a rate of 1e-06: start lower, or look for NaN"):
+        S.lr_find(make(dls=L.DataLoaders([(x*math.nan, y)])))
+    learn = make()
+    learn.model.lock = open(__file__)
+    try:
+        with pytest.raises(L.LearnerError, match="trains a copy, but this learner cannot be copied: TypeError"): S.lr_find(learn)
+    finally: learn.model.lock.close()
+
+
+def fake(f, low=1e-6, high=10., n=100):
+    lrs = [low*(high/low)**(i/n) for i in range(n)]
+    losses = [f(math.log10(lr)) for lr in lrs]
+    return S.RangeTest(lrs, losses, S._smooth(lrs, losses))
+
+
+@settings(max_examples=15)
+@given(st.floats(-4, -1.5), st.floats(.05, .4), st.integers(60, 200))
+def test_suggestions_on_a_curve_we_know(centre, width, n):
+    fall = lambda x: 2.3 - 2/(1 + math.exp(-(x - centre)/width)) + (max(0., x - centre - 2))**2   # noqa: E731
+    found = fake(fall, n=n)
+    assert abs(math.log10(found.steepest) - centre) < .25
+    assert abs(math.log10(found.valley) - centre) < .3
+    assert found.minimum_10 == found.lrs[found.smooth.index(min(found.smooth))]/10
+    assert list(found.suggestions.values()) == [found.steepest, found.minimum_10, found.valley]
+    wider = fake(fall, low=1e-9, n=round(n*10/7))
+    assert abs(math.log10(wider.valley/found.valley)) < .2, "a longer flat part before the fall changes nothing"
+
+
+def test_suggestions_do_not_care_about_scale_or_noise():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(100, generator=g).tolist()
+    fall = lambda x: 2.3 - 2/(1 + math.exp(-(x + 2)/.3))   # noqa: E731
+    lrs = fake(fall).lrs
+    losses = [fall(math.log10(lr)) + .05*e for lr, e in zip(lrs, noise)]
+    noisy = S.RangeTest(lrs, losses, S._smooth(lrs, losses))
+    assert abs(math.log10(noisy.valley/fake(fall).valley)) < .3
+    scaled = [100*loss for loss in losses]
+    assert S.RangeTest(lrs, scaled, S._smooth(lrs, scaled)).suggestions == pytest.approx(noisy.suggestions)
+
+
+def test_a_loss_that_never_falls_still_answers():
+    for f in (lambda x: 1., lambda x: x):
+        found = fake(f)
+        assert all(rate > 0 for rate in found.suggestions.values()) and "batches from 1e-06" in repr(found)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=9))
+def test_longest_fall(values):
+    path = S._longest_fall(values)
+    assert path == sorted(set(path)) and all(values[a] > values[b] for a, b in zip(path, path[1:]))
+    n = len(values)
+    falling = lambda mask: all(values[a] > values[b] for a, b in zip(mask, mask[1:]))   # noqa: E731
+    masks = ([i for i in range(n) if m >> i & 1] for m in range(1, 2**n))
+    assert len(path) == max(len(mask) for mask in masks if falling(mask))
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=30))
+def test_smoothing_is_an_average(losses):
+    lrs = [10**(i/10) for i in range(len(losses))]
+    smooth = S._smooth(lrs, losses)
+    assert min(losses) - 1e-9 <= min(smooth) and max(smooth) <= max(losses) + 1e-9
+    assert S._smooth(lrs, losses, width=1e-3) == pytest.approx(losses)
+
+
+def test_pictures():
+    import matplotlib.pyplot as plt
+    found = S.lr_find(make(dls=L.DataLoaders(batches(400))))
+    ax = found.plot()
+    assert ax.get_xscale() == "log" and ax.get_xlabel() == "learning rate" and ax.get_ylabel() == "loss"
+    assert {"steepest", "minimum/10", "valley"} <= {t.get_text().split(":")[0] for t in ax.get_legend().get_texts()}
+    other = plt.figure().gca()
+    assert found.plot(ax=other) is other
+    ax = S.plot_schedules({"a": S.linear(0, 1), "b": S.cosine(0, 1)}, ylabel="momentum")
+    assert ax.get_ylabel() == "momentum" and len(ax.lines) == 2 and ax.lines[0].get_ydata()[[0, -1]].tolist() == [0, 1]
+    plt.close("all")
+
+
+def test_importing_stays_light():
+    import subprocess
+    import sys
+    code = "import sys, exp.schedule; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -18,13 +18,13 @@ from itertools import accumulate
 from .learner import Callback, Learner, LearnerError, _random_state, _set_random_state
 from .plots import PALETTE, plot_lines
 
-# %% ../nbs/05a_schedules.ipynb #5547c251
+# %% ../nbs/05a_schedules.ipynb #b52ed91a
 Schedule = Callable[[float], float]   # position, from 0 (first batch) to 1 (the end) -> value
 
 
 def _on_track(p: float) -> float:
     if not 0 <= p <= 1:
-        raise ValueError(f"position is {p}: give a number from 0, the first batch, to 1, the end")
+        raise ValueError(f"position is {p}: give a number from 0 (first batch) to 1 (the end)")
     return p
 
 
@@ -32,8 +32,9 @@ def _number(name: str, value, above: float = -math.inf, below: float = math.inf)
     "A finite Python float between two limits."
     if isinstance(value, str): raise TypeError(f"{name} is {value!r}: give a number")
     if not (math.isfinite(value) and above < value < below):
-        limits = f" above {above:g}"*(above > -math.inf) + f" and below {below:g}"*(below < math.inf)
-        raise ValueError(f"{name} is {value}: give a finite number{limits}")
+        limits = {" above": above, " and below": below}
+        words = "".join(f"{k} {v:g}" for k, v in limits.items() if math.isfinite(v))
+        raise ValueError(f"{name} is {value}: give a finite number{words}")
     return float(value)
 
 # %% ../nbs/05a_schedules.ipynb #b4835816
@@ -90,7 +91,7 @@ def constant(
     def schedule(p): _on_track(p); return value
     return schedule
 
-# %% ../nbs/05a_schedules.ipynb #303885b8
+# %% ../nbs/05a_schedules.ipynb #36c0d57b
 def plot_schedules(
     schedules: dict[str, Schedule],  # label -> schedule
     *,
@@ -100,20 +101,20 @@ def plot_schedules(
 ):                                   # the axes
     "Draw schedules over the whole training. Raises: ValueError on none."
     places = [i/400 for i in range(401)]
-    return plot_lines({name: [schedule(p) for p in places] for name, schedule in schedules.items()},
-                      places, xlabel="position (share of training)", ylabel=ylabel, title=title,
-                      ax=ax)
+    curves = {name: [schedule(p) for p in places] for name, schedule in schedules.items()}
+    return plot_lines(curves, places, xlabel="position (share of training)", ylabel=ylabel,
+                      title=title, ax=ax)
 
-# %% ../nbs/05a_schedules.ipynb #d61a4a1e
+# %% ../nbs/05a_schedules.ipynb #e753f702
 def position(
     learn: Learner,  # in the middle of a training batch
 ) -> float:          # in [0, 1)
-    "How much of the whole training lies behind this batch. Raises: ValueError without a known end."
+    "How much of the training lies behind this batch. Raises: ValueError without a known end."
     if learn.n_batches is None:
         raise ValueError("the training loader has no len(), so its end is not known: "
                          "give it a __len__, or keep the hyper-parameters constant")
     if learn.batch >= learn.n_batches:
-        raise ValueError(f"the training loader has len() {learn.n_batches} but gives more batches: "
+        raise ValueError(f"the training loader has len() {learn.n_batches} but gives more: "
                          "correct its __len__")
     return (learn.epoch*learn.n_batches + learn.batch)/(learn.n_epochs*learn.n_batches)
 
@@ -132,11 +133,11 @@ def _write(group: dict, name: str, value: float) -> None:
     key = _key(group, name)
     group[key] = value if key == name else (value, *group["betas"][1:])
 
-# %% ../nbs/05a_schedules.ipynb #12b4cb5d
+# %% ../nbs/05a_schedules.ipynb #d54124df
 def _check_key(group: dict, name: str) -> None:
     "Raises: ValueError unless this group has such a hyper-parameter, and it is a number."
-    numbers = [k for k, v in group.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    numbers += ["momentum"]*("betas" in group)
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+    numbers = [k for k, v in group.items() if number(v)] + ["momentum"]*("betas" in group)
     if name in numbers or hasattr(group.get(name), "item"): return   # .item: a rate in a tensor
     what = "is no number there" if name in group else "is unknown to this optimizer"
     raise ValueError(f"hyper-parameter {name!r} {what}: schedule one of {', '.join(numbers)}")
@@ -150,12 +151,12 @@ def _per_group(name: str, schedules, n_groups: int) -> list[Schedule]:
                          "parameter group(s): give one for each, or a single one for all")
     return list(schedules)
 
-# %% ../nbs/05a_schedules.ipynb #02b390e7
+# %% ../nbs/05a_schedules.ipynb #20fc295a
 class ParamScheduler(Callback):
     """Set hyper-parameters before every training batch; put them back after the fit.
     Nothing to save: a resumed fit of as many epochs goes on where it was."""
     order = -80
-    optional: tuple = ()   # names that a parameter group may lack, or have at 0: left alone there
+    optional: tuple = ()   # names that a group may lack, or have at 0: left alone there
 
     def __init__(
         self,
@@ -165,10 +166,10 @@ class ParamScheduler(Callback):
         if not schedules: raise ValueError("nothing to schedule: give lr=cosine(.1, 0), say")
         for name, given in schedules.items():
             if isinstance(given, (list, tuple)) and not given:
-                raise ValueError(f"{name} is an empty list: give a schedule per parameter group")
+                raise ValueError(f"{name} is an empty list: give each parameter group one")
             for one in given if isinstance(given, (list, tuple)) else [given]:
                 if not callable(one):
-                    raise TypeError(f"{name} is {one!r}: give a schedule, such as constant({one})")
+                    raise TypeError(f"{name} is {one!r}: give a schedule, say constant({one})")
         self.schedules, self._before, self._plan = schedules, [], []
 
     def before_fit(self, learn):
@@ -195,7 +196,7 @@ class ParamScheduler(Callback):
             group.update(before)
         self._before = []
 
-# %% ../nbs/05a_schedules.ipynb #9f3dd464
+# %% ../nbs/05a_schedules.ipynb #f62af4c3
 _TIE = 1e-9   # a batch on the border of two pieces belongs to the second, give or take rounding
 
 
@@ -203,7 +204,7 @@ def combine(
     fractions: Sequence[float],    # each piece's share of the whole; they sum to 1
     schedules: Sequence[Schedule],  # the pieces
 ) -> Schedule:
-    "Schedules one after the other. Raises: ValueError, TypeError. Same as: lr_scheduler.SequentialLR."
+    "Schedules one after the other. Raises: ValueError, TypeError. Same as: SequentialLR."
     fractions, schedules = [_number("fraction", f, above=0) for f in fractions], list(schedules)
     if len(fractions) != len(schedules) or not fractions:
         raise ValueError(f"got {len(fractions)} fractions and {len(schedules)} schedules: "
@@ -229,7 +230,7 @@ def warm_up(
     climb = linear(top/_number("div_factor", div_factor, above=0), top)
     return combine([pct_start, 1 - pct_start], [climb, schedule])
 
-# %% ../nbs/05a_schedules.ipynb #c26b6677
+# %% ../nbs/05a_schedules.ipynb #f65d39c2
 def _cycles(n_cycles: int) -> range:
     if not isinstance(n_cycles, int) or n_cycles < 1:
         raise ValueError(f"n_cycles is {n_cycles!r}: give a whole number of at least 1")
@@ -244,7 +245,8 @@ def cyclical(
 ) -> Schedule:
     """Triangles. Raises: ValueError. Paper: Smith 2015.
     Same as: lr_scheduler.CyclicLR, 'triangular' with decay 1, 'triangular2' with decay 0.5."""
-    low, high, decay = _number("low", low), _number("high", high), _number("decay", decay, above=0)
+    low, high = _number("low", low), _number("high", high)
+    decay = _number("decay", decay, above=0)
     tops = [low + (high - low)*decay**i for i in _cycles(n_cycles)]
     sides = [side for top in tops for side in (linear(low, top), linear(top, low))]
     return combine([1/len(sides)]*len(sides), sides)
@@ -257,14 +259,15 @@ def warm_restarts(
     cycle_mult: float = 1.,  # each cycle is this many times as long as the one before
 ) -> Schedule:
     """SGDR: cosines that jump back up. With cycle_mult 2, 3 cycles last 1 + 2 + 4 = 7 units.
-    Raises: ValueError. Paper: Loshchilov & Hutter 2016. Same as: CosineAnnealingWarmRestarts."""
+    Raises: ValueError. Paper: Loshchilov & Hutter 2016.
+    Same as: lr_scheduler.CosineAnnealingWarmRestarts."""
     cycle_mult = _number("cycle_mult", cycle_mult, above=0)
     lengths = [cycle_mult**i for i in _cycles(n_cycles)]
     return combine([length/sum(lengths) for length in lengths], [cosine(high, low)]*n_cycles)
 
-# %% ../nbs/05a_schedules.ipynb #c060647d
+# %% ../nbs/05a_schedules.ipynb #420eb95c
 def one_cycle(
-    max_lr: float | Sequence[float],   # rate at the top; a list gives each parameter group its own
+    max_lr: float | Sequence[float],   # rate at the top; a list is one per parameter group
     pct_start: float = .3,             # share of the training that climbs, in (0, 1)
     anneal: Callable = cosine,         # shape of both legs: cosine, linear, …
     cycle_momentum: bool = True,       # mirror the momentum, where there is one?
@@ -273,8 +276,9 @@ def one_cycle(
     div_factor: float = 25.,           # the first rate is max_lr/div_factor
     final_div_factor: float = 1e4,     # the last rate is that, divided by this
 ) -> ParamScheduler:
-    """Climb to a high rate, fall to almost none; momentum the other way round. Raises: ValueError.
-    Paper: Smith 2018. Same as: lr_scheduler.OneCycleLR, but for its count of steps (see the lesson)."""
+    """Climb to a high rate, fall to almost none; momentum the other way round.
+    Raises: ValueError. Paper: Smith 2018.
+    Same as: lr_scheduler.OneCycleLR, whose n + 1 steps are our n intervals."""
     pct_start = _number("pct_start", pct_start, above=0, below=1)
     legs = lambda a, b, c: combine([pct_start, 1 - pct_start], [anneal(a, b), anneal(b, c)])
     def rate(top):
@@ -320,7 +324,7 @@ def _twin(learn: Learner, n_batches: int) -> Learner:
     twin.cbs = [cb for cb in twin.cbs if not isinstance(cb, ParamScheduler)]
     return twin
 
-# %% ../nbs/05a_schedules.ipynb #c852d085
+# %% ../nbs/05a_schedules.ipynb #2fdcdbe1
 class _Enough(BaseException):
     "Ends the range test, heard by nobody."
 
@@ -337,12 +341,12 @@ class _Watch(Callback):
         self.lrs.append(max(group["lr"] for group in learn.opt.param_groups))
         self.losses.append(loss)
         self.total = .9*self.total + .1*loss
-        average = self.total/(1 - .9**len(self.losses))   # as Recorder.plot_loss: no pull to zero
+        average = self.total/(1 - .9**len(self.losses))   # as in Recorder: no pull to zero
         self.best = min(self.best, average)
         exploded = 0 < self.stop*self.best < average
         if exploded or learn.batch + 1 == learn.n_batches: raise _Enough
 
-# %% ../nbs/05a_schedules.ipynb #d03de85f
+# %% ../nbs/05a_schedules.ipynb #18834f16
 def _smooth(lrs: list[float], losses: list[float], width: float = .3) -> list[float]:
     "Averages over both sides, weights Gaussian in the logarithm of the rate."
     logs, out = [math.log(lr) for lr in lrs], []
@@ -355,14 +359,15 @@ def _smooth(lrs: list[float], losses: list[float], width: float = .3) -> list[fl
 def _longest_fall(values: list[float]) -> list[int]:
     "Indices of the longest subsequence in which every value is below the one before."
     length, back = [1]*len(values), [None]*len(values)
-    for i, value in enumerate(values):
+    for i in range(len(values)):
         for j in range(i):
-            if values[j] > value and length[j] >= length[i]: length[i], back[i] = length[j] + 1, j
+            if values[j] > values[i] and length[j] >= length[i]:
+                length[i], back[i] = length[j] + 1, j
     path, i = [], length.index(max(length))
     while i is not None: path.append(i); i = back[i]
     return path[::-1]
 
-# %% ../nbs/05a_schedules.ipynb #47d559a4
+# %% ../nbs/05a_schedules.ipynb #ebfea0a6
 @dataclass(frozen=True, repr=False)
 class RangeTest:
     "What `lr_find` saw: rates, losses, and what to make of them."
@@ -400,9 +405,9 @@ class RangeTest:
 
     def plot(self, ax=None):
         "Loss against rate, with the three suggestions marked; the axes."
-        ax = plot_lines({"smoothed": self.smooth}, self.lrs, xlabel="learning rate", ylabel="loss",
-                        title=f"Range test: half-way down the valley at {self.valley:.2g}",
-                        logx=True, ax=ax)
+        title = f"Range test: half-way down the valley at {self.valley:.2g}"
+        ax = plot_lines({"smoothed": self.smooth}, self.lrs, xlabel="learning rate",
+                        ylabel="loss", title=title, logx=True, ax=ax)
         ax.plot(self.lrs, self.losses, ".", color="#999999", markersize=4, label="one batch")
         for (name, rate), mark, color in zip(self.suggestions.items(), "^sD", PALETTE[1:]):
             y = self.smooth[min(range(len(self.lrs)), key=lambda i: abs(self.lrs[i] - rate))]
@@ -412,7 +417,7 @@ class RangeTest:
         ax.legend()
         return ax
 
-# %% ../nbs/05a_schedules.ipynb #e1968b9f
+# %% ../nbs/05a_schedules.ipynb #7e8d2b7e
 @contextmanager
 def _same_randomness(learn: Learner):
     "Every random generator in play ends as it began."
@@ -422,7 +427,7 @@ def _same_randomness(learn: Learner):
 
 
 def lr_find(
-    learn: Learner,        # anything that could be fitted; it is left as it was, to the last bit
+    learn: Learner,        # ready to be fitted; it is left as it was, to the last bit
     low: float = 1e-6,     # first rate
     high: float = 10.,     # last rate, if the loss bears it
     n_batches: int = 100,  # how many batches to spend; a short loader is read again
@@ -430,14 +435,15 @@ def lr_find(
 ) -> RangeTest:            # .steepest, .minimum_10, .valley, .plot()
     """Train a copy of the learner while the rate grows from low to high, and read the loss.
     Raises: ValueError for bad bounds, LearnerError if not even the first batches can be learnt.
-    Paper: Smith 2015, section 3.3. We differ: the rate grows by factors, and the loss is read."""
+    Paper: Smith 2015, section 3.3; here the rate grows by factors, and the loss is read."""
     low, high = _number("low", low, above=0), _number("high", high, above=low)
     stop = _number("stop", stop, above=1)
     if not isinstance(n_batches, int) or n_batches < 10:
         raise ValueError(f"n_batches is {n_batches!r}: give a whole number of at least 10")
     watch = _Watch(stop)
     with _same_randomness(learn):
-        try: _twin(learn, n_batches).fit(1, cbs=[ParamScheduler(lr=exponential(low, high)), watch])
+        twin = _twin(learn, n_batches)
+        try: twin.fit(1, cbs=[ParamScheduler(lr=exponential(low, high)), watch])
         except _Enough: pass
     if len(watch.lrs) < 5:
         raise LearnerError(f"the loss was infinite or NaN after {len(watch.lrs)} batches, "

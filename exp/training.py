@@ -200,7 +200,7 @@ class Module:
         body = rows.replace("\n", "\n  ") + "\n" if rows else self.extra_repr()
         return f"{type(self).__name__}({body})"
 
-# %% ../nbs/04_training_loop.ipynb #5109d7d4
+# %% ../nbs/04_training_loop.ipynb #c85dee6c
 def _retype(t: Tensor, *args, **kwargs) -> Tensor:
     "Tensor.to, but whole numbers stay whole numbers."
     moved = t.to(*args, **kwargs)
@@ -222,7 +222,8 @@ def _load(own: dict, state: dict, strict: bool) -> tuple[list[str], list[str]]:
     text = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
     if text: raise ValueError(f"state_dict does not fit, and nothing was loaded. {text}")
     with torch.no_grad():
-        for k in own.keys() & state.keys(): own[k].copy_(state[k])
+        for k in own:
+            if k in state: own[k].copy_(state[k])
     return missing, unexpected
 
 # %% ../nbs/04_training_loop.ipynb #0f75b106

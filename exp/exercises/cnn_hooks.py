@@ -100,7 +100,7 @@ def check_receptive_field(
                              "the step of the layer *below*, and the dilation, and look into nested blocks?")
         assert got[1] == step, f"{name}: neighbouring outputs lie {step} pixels apart, you say {got[1]}"
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #707545bb
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #c7b86412
 class _Failing(Callback):
     "Breaks a training at its second batch."
     def after_loss(self, learn):
@@ -140,7 +140,8 @@ def check_GradientFlow(
     want = _true_flow(twin, batches, .1)
     assert tuple(rms.shape) == tuple(want.shape), \
         f"flow.rms is {tuple(rms.shape)}, not (n_children, n_steps) = {tuple(want.shape)}: one column per training batch"
-    assert list(flow.names) == ["0", "1", "2", "3"], f"flow.names is {flow.names}: give the children's names, in order"
+    names = list(getattr(flow, "names", []))
+    assert names == ["0", "1", "2", "3"], f"flow.names is {names}: give the children's names, in order"
     upside_down = torch.allclose(rms, want.flip(0), rtol=1e-3)
     assert not upside_down, "the rows are upside down: backwards, the last child hears first"
     _agree(rms, want, "flow.rms", "√mean(gradient²) at the *output* of each child")

@@ -392,16 +392,17 @@ class Summary:
     def _repr_markdown_(self) -> str: return self.table()
     def __repr__(self) -> str: return str(self.table())
 
-# %% ../nbs/05b_cnn_hooks.ipynb #8ada747a
+# %% ../nbs/05b_cnn_hooks.ipynb #ec19c050
 def summary(
     model: nn.Module,  # runs once, in evaluation mode, and is then as it was before
     xb,                # a batch for it
 ) -> Summary:          # shapes, parameters and MFLOPs per item; shows itself as a table
     """Table of layers: output shape, parameters, MFLOPs; a multiply-add is 2 FLOPs.
-    Raises: TypeError on what is no nn.Module; ValueError, naming the last layer that worked, if the
-    model cannot run on xb.
+    Raises: TypeError on what is no nn.Module; ValueError on an empty batch, or if the model cannot
+    run on xb, naming the last layer that could.
     """
     _check_hookable(model, "model")
+    if isinstance(xb, Tensor) and not len(xb): raise ValueError("xb is empty: give at least one item")
     rows, seen = [], set()
     layers = {name or type(m).__name__: m for name, m in model.named_modules()
               if m._parameters or not any(m.children())}
@@ -424,7 +425,7 @@ def summary(
     return Summary(rows, sum(p.numel() for p in params),
                    sum(p.numel() for p in params if p.requires_grad))
 
-# %% ../nbs/05b_cnn_hooks.ipynb #7291eb49
+# %% ../nbs/05b_cnn_hooks.ipynb #db370ba4
 def _thin(x: Tensor, sample: int) -> Tensor:
     "About `sample` values at most, evenly spread; a step prime to the size visits all positions."
     step = max(1, -(-x.numel()//sample))
@@ -554,7 +555,7 @@ class ActivationStats(Callback):
         for ax in axes.flat: ax.grid(False); ax.set_visible(False)
         for ax, name, rows in zip(axes.flat, self.names, self.hists):
             ax.set_visible(True)
-            ax.imshow((rows.T*self.sample).log1p(), origin="lower", aspect="auto", cmap="viridis",
+            ax.imshow((rows.T*self.sample).log1p().numpy(), origin="lower", aspect="auto", cmap="viridis",
                       extent=extent, interpolation="nearest")
             ax.set(title=name, xlabel="step")
         for ax in axes[:, 0]: ax.set_ylabel("activation")

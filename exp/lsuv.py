@@ -193,7 +193,7 @@ def _illness(stats: _Stats) -> str:
                 "what reaches it all zero, or its weight?")
     return ""
 
-# %% ../nbs/07_lsuv.ipynb #7a963413
+# %% ../nbs/07_lsuv.ipynb #b769d36b
 @contextmanager
 def _all_or_nothing(units: list[_Unit]):
     "If anything goes wrong, the weights and biases are put back."
@@ -222,10 +222,12 @@ def _settle(run: Callable, units: list, mean: float | None, std: float, tol: flo
         for unit, stats in found.items():
             ill, off = _illness(stats), _is_off(unit, stats, mean, std, tol)
             if ill and not unit.steps: raise ValueError(f"layer {unit.name!r} {ill}")
-            if ill or off and unit.steps == max_iter: raise ValueError(
-                f"layer {unit.name!r} did not settle in {unit.steps} steps: mean {stats.mean:.4g}, std "
-                f"{stats.std:.4g}, wanted {mean} and {std}. Behind an activation not everything can "
-                "be reached: try mean=None, another std, or a larger tol")
+            if ill or off and unit.steps == max_iter:
+                last = f"{unit.last[0]:.4g}, then overflow" if ill else f"{stats.std:.4g}"
+                raise ValueError(
+                    f"layer {unit.name!r} did not settle in {unit.steps} steps: mean {stats.mean:.4g}, "
+                    f"std {last}; wanted {mean} and {std}. Behind an activation not everything can be "
+                    "reached: try mean=None, another std, or a larger tol")
             if off: _step(unit, stats, mean, std); break
             todo.remove(unit)
         if not todo:               # has a later one moved an earlier one?

@@ -170,7 +170,7 @@ class LayerNorm(_Norm):
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
 
-# %% ../nbs/06_batchnorm.ipynb #8ee0ea4a
+# %% ../nbs/06_batchnorm.ipynb #0f013a25
 class GroupNorm(_Norm):
     """Give each group of channels of each item mean 0 and variance 1, then scale and shift channels.
     Raises: ValueError on groups that do not divide the channels, on other channels, or if there is
@@ -197,12 +197,11 @@ class GroupNorm(_Norm):
         if x.numel() == self.num_groups:
             raise ValueError("Expected more than 1 value per channel when training, "
                              f"got {tuple(x.shape)} in {self.num_groups} groups: use fewer groups")
-        bs, size = len(x), x[0].numel()//self.num_groups if len(x) else 0
-        d, _, var = centre(_wide(x).reshape(bs, self.num_groups, size), [2])
-        each = var.repeat_interleave(self.num_channels//self.num_groups, 1)   # (bs, c, 1)
+        bs, c, g = len(x), self.num_channels, self.num_groups
+        d, _, var = centre(_wide(x).reshape(bs, g, math.prod(x.shape[1:])//g), [2])
+        var = var.repeat_interleave(c//g, 1).reshape(bs, c, *[1]*(x.ndim - 2))   # for each channel
         weight, bias = _aligned(self.weight, x.ndim), _aligned(self.bias, x.ndim)
-        return _finish(d.reshape(x.shape), each.reshape(bs, -1, *[1]*(x.ndim - 2)) if bs else each[..., 0],
-                       self.eps, weight, bias, x.dtype)
+        return _finish(d.reshape(x.shape), var, self.eps, weight, bias, x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"

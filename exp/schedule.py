@@ -367,7 +367,7 @@ def _longest_fall(values: list[float]) -> list[int]:
     while i is not None: path.append(i); i = back[i]
     return path[::-1]
 
-# %% ../nbs/05a_schedules.ipynb #ebfea0a6
+# %% ../nbs/05a_schedules.ipynb #36da88e6
 @dataclass(frozen=True, repr=False)
 class RangeTest:
     "What `lr_find` saw: rates, losses, and what to make of them."
@@ -409,9 +409,10 @@ class RangeTest:
         ax = plot_lines({"smoothed": self.smooth}, self.lrs, xlabel="learning rate",
                         ylabel="loss", title=title, logx=True, ax=ax)
         ax.plot(self.lrs, self.losses, ".", color="#999999", markersize=4, label="one batch")
-        for (name, rate), mark, color in zip(self.suggestions.items(), "^sD", PALETTE[1:]):
+        marks = zip(self.suggestions.items(), "^sD", (14, 9, 7), PALETTE[1:])
+        for (name, rate), mark, size, color in marks:      # a large one shows behind a small one
             y = self.smooth[min(range(len(self.lrs)), key=lambda i: abs(self.lrs[i] - rate))]
-            ax.plot([rate], [y], mark, color=color, markersize=9, label=f"{name}: {rate:.2g}")
+            ax.plot([rate], [y], mark, color=color, ms=size, label=f"{name}: {rate:.2g}")
         bottom, room = min(self.smooth), max(self.smooth[:5]) - min(self.smooth)
         if room > 0: ax.set_ylim(bottom - .2*room, bottom + 1.4*room)
         ax.legend()

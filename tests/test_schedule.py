@@ -464,6 +464,9 @@ def test_our_own_modules_and_a_permanent_scheduler():
     ratios = [b/a for a, b in zip(found.lrs, found.lrs[1:])]
     assert ratios == pytest.approx([1e5**(1/100)]*len(ratios)), "equal factors, whatever the learner's own scheduler says"
     assert isinstance(learn.cbs[1], S.ParamScheduler)
+    asked = []
+    S.lr_find(make([S.ParamScheduler(weight_decay=lambda p: asked.append(p) or 0.)]), n_batches=20)
+    assert asked == [], "the learner's own schedulers rest during the test"
 
 
 def test_a_short_loader_is_read_again_and_no_epoch_ends(tmp_path):

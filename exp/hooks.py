@@ -425,7 +425,7 @@ def summary(
     return Summary(rows, sum(p.numel() for p in params),
                    sum(p.numel() for p in params if p.requires_grad))
 
-# %% ../nbs/05b_cnn_hooks.ipynb #db370ba4
+# %% ../nbs/05b_cnn_hooks.ipynb #95091ba2
 def _thin(x: Tensor, sample: int) -> Tensor:
     "About `sample` values at most, evenly spread; a step prime to the size visits all positions."
     step = max(1, -(-x.numel()//sample))
@@ -478,15 +478,18 @@ class ActivationStats(Callback):
         if not self._on: return
         x = _tensor_in(out).detach().float()
         mean = x.mean()
-        std = (x - mean).square().mean().sqrt()
+        std = (x - mean).norm()/x.numel()**.5
         self._now[hook.name] = torch.cat([torch.stack([mean, std, self._dead(x)]), self._hist(x)])
 
     def _dead(self, x: Tensor) -> Tensor:
         "Share of units that give one value only; NaN if one value is all they were asked for."
-        dim = self.unit_dim if x.ndim > 1 else 0
-        others = [d for d in range(x.ndim) if d != dim % x.ndim]
+        dim = self.unit_dim % x.ndim if x.ndim > 1 else 0
         if x.numel() == x.shape[dim]: return x.new_tensor(math.nan)
-        return (x.amax(others) == x.amin(others)).float().mean()
+        low = high = x
+        if dim: low, high, dim = x.amin(0), x.amax(0), dim - 1   # over the batch first: faster
+        others = [d for d in range(low.ndim) if d != dim]
+        if others: low, high = low.amin(others), high.amax(others)
+        return (low == high).float().mean()
 
     def _hist(self, x: Tensor) -> Tensor:
         "Share of the values in each bin."
@@ -536,7 +539,8 @@ class ActivationStats(Callback):
         fig, axes = subplots(1, 3, figsize=(11, 3))
         for ax, name in zip(axes, ("mean", "std", "dead")):
             rows = getattr(self, name if name == "dead" else name + "s")
-            plot_lines(dict(zip(self.names, rows)), self.steps, xlabel="step", ax=ax, title="",
+            curves = {f"layer {layer}": row for layer, row in zip(self.names, rows)}
+            plot_lines(curves, self.steps, xlabel="step", ax=ax, title="",
                        ylabel="share of dead units" if name == "dead" else name,
                        logy=name == "std")
             if ax is not axes[0] and ax.get_legend(): ax.get_legend().remove()
@@ -546,18 +550,19 @@ class ActivationStats(Callback):
     def plot_hists(
         self,
         title: str = "Histogram of each layer, step by step",  # above the pictures
-        ncols: int = 4,                                        # pictures side by side
+        ncols: int = 5,                                        # pictures side by side
     ):                                                         # the axes, one a layer
         "The colourful dimension: a column a step, brightness for the logarithm of the count."
         n, extent = len(self.names), (self.steps[0], self.steps[-1] + 1, *self.limits)
-        fig, axes = subplots(-(-n//ncols), min(n, ncols), figsize=(2.7*min(n, ncols), 2.5*-(-n//ncols)),
-                             squeeze=False, sharey=True)
+        nrows, ncols = -(-n//ncols), min(n, ncols)
+        fig, axes = subplots(nrows, ncols, figsize=(max(4, 2.2*ncols), 2.4*nrows), squeeze=False,
+                             sharey=True)
         for ax in axes.flat: ax.grid(False); ax.set_visible(False)
         for ax, name, rows in zip(axes.flat, self.names, self.hists):
             ax.set_visible(True)
             ax.imshow((rows.T*self.sample).log1p().numpy(), origin="lower", aspect="auto", cmap="viridis",
                       extent=extent, interpolation="nearest")
-            ax.set(title=name, xlabel="step")
+            ax.set(title=f"layer {name}", xlabel="step")
         for ax in axes[:, 0]: ax.set_ylabel("activation")
         fig.suptitle(title, x=.01, ha="left", fontsize=11)
         return axes.flat[:n]

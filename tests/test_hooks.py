@@ -501,7 +501,7 @@ def test_pictures_have_labels():
     axes = [*stats.plot_stats("a finding"), *stats.plot_hists("another")]
     assert len(axes) == 3 + 5 and all(ax.get_xlabel() == "step" for ax in axes)
     assert [ax.get_ylabel() for ax in axes[:3]] == ["mean", "std", "share of dead units"] and axes[3].get_ylabel() == "activation"
-    assert [ax.get_title() for ax in axes[3:]] == stats.names and axes[0].figure._suptitle.get_text() == "a finding"
+    assert [ax.get_title() for ax in axes[3:]] == [f"layer {n}" for n in stats.names] and axes[0].figure._suptitle.get_text() == "a finding"
     plt.close("all")
 
 

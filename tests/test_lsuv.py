@@ -1,0 +1,599 @@
+"Lesson 07: the promise of `lsuv_` on every kind of model, what it must leave alone, and what it says on a bad day."
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from exp import lsuv, training
+from exp.hooks import Conv2d, GeneralReLU, HookError
+from exp.init import orthogonal_
+from exp.lsuv import lsuv_, output_stats
+from exp.testing import test_like
+
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
+
+
+class Do(nn.Module):
+    "A function as a module."
+    def __init__(self, func): super().__init__(); self.func = func
+    def forward(self, x): return self.func(x)
+
+
+class Model(nn.Module):
+    "Layers by name, and any forward(self, x)."
+    def __init__(self, run, **layers):
+        super().__init__()
+        for name, layer in layers.items(): setattr(self, name, layer)
+        self.run = run
+    def forward(self, x): return self.run(self, x)
+
+
+def chain(depth=4, width=24, act=nn.ReLU, ni=24, **kwargs):
+    layers = []
+    for i in range(depth): layers += [nn.Linear(ni if i == 0 else width, width, **kwargs), act()]
+    return nn.Sequential(*layers)
+
+
+def outputs(model, xb, layers=None, mode=False):
+    "Every output of each layer in one forward pass, by plain PyTorch hooks: the oracle."
+    layers = layers or {name: m for name, m in model.named_modules() if hasattr(m, "weight") and m.weight.ndim > 1}
+    seen, handles = {}, []
+    for name, m in layers.items():
+        handles.append(m.register_forward_hook(lambda m, i, o, name=name: seen.setdefault(name, []).append(o.detach().flatten())))
+    was = [(m, m.training) for m in model.modules()]
+    model.train(mode)
+    with torch.no_grad(): model(xb)
+    for h in handles: h.remove()
+    for m, t in was: m.training = t
+    return {name: torch.cat(parts).double() for name, parts in seen.items()}
+
+
+def check_unit(model, xb, tol=1e-3, layers=None, mean=0., std=1.):
+    found = outputs(model, xb, layers)
+    assert found
+    for name, y in found.items():
+        assert abs(y.std() - std) <= 1.02*tol*std + 1e-6, f"{name}: std {y.std()}"
+        if mean is not None: assert abs(y.mean() - mean) <= 1.02*tol*std + 1e-6, f"{name}: mean {y.mean()}"
+
+
+def state(model): return copy.deepcopy(dict(model.state_dict()))
+
+
+def no_hooks(model): return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+# ---- the promise ----------------------------------------------------------------------------------------------------
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 30), st.integers(2, 40), st.floats(1e-3, 100.), st.floats(-100, 100),
+       st.sampled_from([nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.SELU, nn.Sigmoid, nn.Identity]), st.integers(0, 99))
+def test_any_chain_any_input(depth, width, bs, scale, shift, act, seed):
+    torch.manual_seed(seed)
+    model, xb = chain(depth, width, act, ni=7), torch.randn(bs, 7)*scale + shift
+    assert lsuv_(model, xb) is model
+    check_unit(model, xb)
+
+
+CONVS = {"Conv1d": (nn.Conv1d(3, 5, 3), (4, 3, 9)), "Conv2d": (nn.Conv2d(3, 5, 3, stride=2), (4, 3, 9, 9)),
+         "Conv3d": (nn.Conv3d(2, 3, 2), (4, 2, 5, 5, 5)), "grouped": (nn.Conv2d(4, 8, 3, groups=4), (4, 4, 6, 6)),
+         "ConvTranspose1d": (nn.ConvTranspose1d(3, 5, 3), (4, 3, 9)), "ConvTranspose2d": (nn.ConvTranspose2d(3, 5, 3, stride=2), (4, 3, 5, 5)),
+         "ConvTranspose3d": (nn.ConvTranspose3d(2, 3, 2), (4, 2, 3, 3, 3)), "our Conv2d": (Conv2d(3, 5, 3), (4, 3, 9, 9)),
+         "Linear on sequences": (nn.Linear(6, 5), (4, 3, 6)), "Linear on one vector": (nn.Linear(6, 50), (6,))}
+
+
+@pytest.mark.parametrize("kind", CONVS)
+def test_every_kind_of_layer(kind):
+    layer, shape = CONVS[kind]
+    model, xb = nn.Sequential(copy.deepcopy(layer), nn.Tanh()), 5*torch.randn(shape) + 3
+    lsuv_(model, xb)
+    check_unit(model, xb)
+
+
+def test_bilinear():
+    model = Model(lambda m, x: m.b(x, x.flip(0)), b=nn.Bilinear(5, 5, 4))
+    xb = torch.randn(30, 5)
+    lsuv_(model, xb)
+    y = model(xb).detach()
+    assert abs(y.mean()) < 1e-3 and abs(y.std() - 1) < 1e-3
+
+
+def test_one_layer_exactly():
+    layer, x = nn.Linear(20, 10), torch.randn(50, 20) + 1
+    y = layer(x).detach()
+    lsuv_(layer, x, orthogonal=False)
+    test_like(layer(x).detach(), (y - y.mean())/y.std(), atol=2e-6)
+
+
+def test_equals_the_single_pass_through_a_chain():
+    model, xb = chain(5), torch.randn(60, 24)
+    by_hand = copy.deepcopy(model)
+    torch.manual_seed(3); lsuv_(model, xb)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        x = xb
+        for layer in by_hand:
+            if isinstance(layer, nn.Linear):
+                orthogonal_(layer.weight); layer.bias.zero_()
+                y = layer(x)
+                m, s = y.mean(), y.std()
+                layer.weight.div_(s); layer.bias.sub_(m).div_(s)
+            x = layer(x)
+    test_like(state(model), dict(by_hand.state_dict()), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_orthogonal_up_to_a_factor():
+    model = lsuv_(chain(), torch.randn(60, 24))
+    for layer in model[::2]:
+        gram = layer.weight.detach() @ layer.weight.detach().T
+        test_like(gram/gram[0, 0], torch.eye(24), atol=1e-4)
+
+
+def test_a_deep_net_learns_only_with_it():
+    act = lambda: Do(lambda z: torch.tanh(z/2)/2)
+    x = torch.randn(256, 24); y = (x[:, 0]*x[:, 1] > 0).long()
+    def end(start):
+        torch.manual_seed(1); model = nn.Sequential(*chain(30, 24, act), nn.Linear(24, 2)); start(model)
+        opt = torch.optim.SGD(model.parameters(), lr=.1)
+        for _ in range(40): loss = F.cross_entropy(model(x), y); loss.backward(); opt.step(); opt.zero_grad()
+        return loss.item()
+    assert end(lambda m: None) > .68 and end(lambda m: lsuv_(m, x)) < .6
+
+
+# ---- models that are no chains --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("times", range(1, 9))
+@pytest.mark.parametrize("act", [F.relu, torch.tanh, F.gelu, lambda z: z])
+def test_a_layer_that_runs_several_times(times, act):
+    def run(m, x):
+        for _ in range(times): x = act(m.again(x))
+        return m.out(x)
+    model, xb = Model(run, again=nn.Linear(20, 20), out=nn.Linear(20, 3)), torch.randn(50, 20)
+    lsuv_(model, xb)
+    check_unit(model, xb)
+    assert output_stats(model, xb)["again"]["calls"] == times
+
+
+def test_used_side_by_side():
+    model, xb = Model(lambda m, x: m.a(x) + m.a(-3*x) + m.a(x + 2), a=nn.Linear(9, 9)), torch.randn(40, 9)
+    lsuv_(model, xb); check_unit(model, xb)
+
+
+def test_two_layers_that_need_each_other():
+    def run(m, x):
+        for _ in range(3): x = F.relu(m.b(torch.tanh(m.a(x))))
+        return x
+    model, xb = Model(run, a=nn.Linear(16, 16), b=nn.Linear(16, 16)), torch.randn(60, 16)
+    lsuv_(model, xb); check_unit(model, xb)
+
+
+def test_tied_weights_stay_tied():
+    model, xb = Model(lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))), a=nn.Linear(16, 16), b=nn.Linear(16, 16), c=nn.Linear(16, 2)), torch.randn(60, 16)
+    model.b.weight = model.a.weight
+    lsuv_(model, xb)
+    assert model.b.weight is model.a.weight
+    found = outputs(model, xb)
+    both = torch.cat([found["a"], found["b"]])
+    assert abs(both.mean()) < 2e-3 and abs(both.std() - 1) < 2e-3 and abs(found["c"].std() - 1) < 2e-3
+    assert list(output_stats(model, xb)) == ["a", "c"]
+
+
+def test_a_bias_shared_by_two_layers_is_an_impossible_wish_or_fulfilled():
+    model, xb = Model(lambda m, x: m.b(m.a(x)), a=nn.Linear(8, 8), b=nn.Linear(8, 8)), torch.rand(60, 8)
+    model.b.bias = model.a.bias
+    before = state(model)
+    try: lsuv_(model, xb)
+    except ValueError as error:
+        assert "did not settle" in str(error)
+        test_like(state(model), before, rtol=0, atol=0)
+    else: check_unit(model, xb)
+
+
+def test_order_of_running_not_of_definition():
+    model = Model(lambda m, x: m.first_defined(torch.tanh(m.second(x))), first_defined=nn.Linear(8, 4), second=nn.Linear(6, 8))
+    xb = 10*torch.randn(50, 6)
+    lsuv_(model, xb); check_unit(model, xb)
+    assert list(output_stats(model, xb)) == ["second", "first_defined"]
+
+
+def test_branches_and_residuals():
+    def run(m, x):
+        h = torch.relu(m.stem(x))
+        return m.out(h + m.b(torch.relu(m.a(h))) + m.short(h))
+    model = Model(run, stem=nn.Linear(10, 16), a=nn.Linear(16, 16), b=nn.Linear(16, 16), short=nn.Linear(16, 16, bias=False), out=nn.Linear(16, 3))
+    xb = torch.randn(60, 10)
+    lsuv_(model, xb)
+    check_unit(model, xb, mean=None)
+    assert all(abs(s["mean"]) < 1e-3 for name, s in output_stats(model, xb).items() if name != "short")
+
+
+def test_without_biases_only_the_std_is_set():
+    model, xb = chain(bias=False), torch.rand(50, 24) + 3
+    lsuv_(model, xb)
+    check_unit(model, xb, mean=None)
+
+
+def test_a_transformer_layer():
+    model, xb = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(6, 5, 16)
+    attention = state(model.self_attn)
+    lsuv_(model, xb)
+    stats = output_stats(model, xb)
+    assert set(stats) == {"linear1", "linear2"} and all(abs(s["std"] - 1) < 2e-3 for s in stats.values())
+    test_like(state(model.self_attn), attention, rtol=0, atol=0)      # its linear layer runs unseen: left alone
+
+
+def test_layers_that_do_not_run_are_left_alone():
+    model, xb = Model(lambda m, x: m.a(x), a=nn.Linear(4, 4), spare=nn.Linear(4, 4)), torch.randn(20, 4)
+    spare = state(model.spare)
+    lsuv_(model, xb)
+    test_like(state(model.spare), spare, rtol=0, atol=0)
+
+
+def test_in_place_activations_do_not_disturb():
+    model, xb = nn.Sequential(nn.Linear(9, 9), nn.ReLU(inplace=True), nn.Linear(9, 9), nn.ReLU(inplace=True)), torch.randn(50, 9)
+    lsuv_(model, xb)
+    stats = output_stats(model, xb)
+    assert all(abs(s["mean"]) < 1e-3 and abs(s["std"] - 1) < 1e-3 for s in stats.values())
+
+
+# ---- `layers` -------------------------------------------------------------------------------------------------------
+
+def test_layers_as_list_dict_part_and_pairs():
+    xb = torch.randn(60, 24)
+    for choose in (lambda m: [m[2]], lambda m: {"mine": m[2]}, lambda m: m[2], lambda m: (x for x in [m[2]]), lambda m: [(m[2], m[2])]):
+        model = chain()
+        before = state(model)
+        lsuv_(model, xb, layers=choose(model))
+        changed = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+        assert changed == {"2"}
+        check_unit(model, xb, layers={"2": model[2]})
+    model = Model(lambda m, x: m.tail(m.body(x)), body=chain(2), tail=nn.Linear(24, 2))
+    before = state(model.tail)
+    lsuv_(model, xb, layers=model.body)
+    check_unit(model.body, xb)
+    test_like(state(model.tail), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("act, mean, std", [(nn.ReLU, None, 1.), (nn.GELU, None, 1.), (nn.Tanh, 0., .6), (nn.SELU, 0., 1.), (nn.ELU, 0., 1.), (nn.Sigmoid, .5, .3),
+                                            (lambda: Do(lambda z: F.relu(z)**2), None, 1.), (lambda: Do(lambda z: z**3), None, 1.),
+                                            (lambda: GeneralReLU(.1, .4), 0., 1.), (lambda: nn.LeakyReLU(.1), 0., 1.)])
+def test_measured_behind_the_activation(act, mean, std):
+    model, xb = chain(3, 32, act, ni=32), torch.randn(200, 32)
+    lsuv_(model, xb, layers=list(zip(model[::2], model[1::2])), mean=mean, std=std)
+    check_unit(model, xb, layers={str(i): m for i, m in enumerate(model[1::2])}, mean=mean, std=std)
+
+
+def test_a_block_that_holds_its_layer():
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(3)])
+    xb = torch.randn(80, 12)
+    lsuv_(model, xb, layers=[(block[0], block) for block in model], mean=None)
+    check_unit(model, xb, layers=dict(model.named_children()), mean=None)
+
+
+def test_one_activation_module_behind_several_layers():
+    act = nn.ReLU()
+    model, xb = nn.Sequential(nn.Linear(12, 12), act, nn.Linear(12, 12), act), torch.randn(80, 12)
+    pairs = [(model[0], act), (model[2], act)]
+    lsuv_(model, xb, layers=pairs, mean=None)
+    stats = output_stats(model, xb, layers=pairs)
+    assert list(stats) == ["0", "2"] and all(abs(s["std"] - 1) < 1e-3 and s["calls"] == 1 for s in stats.values())
+
+
+def test_the_same_layer_twice_in_the_list():
+    model, xb = chain(2), torch.randn(50, 24)
+    lsuv_(model, xb, layers=[model[0], model[0], model[2]]); check_unit(model, xb)
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mean", [0., .5, -2.])
+@pytest.mark.parametrize("std", [.1, 1., 3.])
+def test_mean_and_std(mean, std):
+    model, xb = chain(act=nn.Tanh), torch.randn(60, 24)
+    lsuv_(model, xb, mean=mean, std=std); check_unit(model, xb, mean=mean, std=std)
+
+
+def test_mean_none_leaves_biases_at_zero():
+    model, xb = chain(), torch.rand(60, 24) + 2
+    lsuv_(model, xb, mean=None)
+    check_unit(model, xb, mean=None)
+    assert all((layer.bias == 0).all() for layer in model[::2])
+
+
+@pytest.mark.parametrize("tol", [.2, 1e-3, 1e-5])
+def test_tol(tol):
+    model, xb = chain(act=nn.GELU).double(), torch.randn(60, 24).double()
+    lsuv_(model, xb, layers=list(zip(model[::2], model[1::2])), mean=None, tol=tol)
+    worst = max(abs(s["std"] - 1) for s in output_stats(model, xb, layers=list(zip(model[::2], model[1::2]))).values())
+    assert worst <= tol and (tol < .1 or worst > 1e-5)       # a loose tolerance stops early
+
+
+def test_without_orthogonal_start_directions_are_kept():
+    model, xb = chain(), torch.randn(60, 24)
+    before = state(model)
+    lsuv_(model, xb, orthogonal=False); check_unit(model, xb)
+    for i in (0, 2, 4, 6):
+        ratio = model[i].weight.detach()/before[f"{i}.weight"]
+        test_like(ratio, torch.full_like(ratio, ratio[0, 0]), rtol=1e-4)
+
+
+def test_twice_is_once():
+    model, xb = chain(), torch.randn(60, 24)
+    lsuv_(model, xb); before = state(model)
+    lsuv_(model, xb, orthogonal=False)
+    test_like(state(model), before, rtol=0, atol=0)
+
+
+def test_scale_of_the_old_weights_does_not_matter():
+    model, xb = chain(), torch.randn(60, 24)
+    tripled = copy.deepcopy(model)
+    with torch.no_grad(): [p.mul_(3) for p in tripled.parameters()]
+    lsuv_(model, xb, orthogonal=False); lsuv_(tripled, xb, orthogonal=False)
+    test_like(state(tripled), state(model), rtol=1e-3, atol=1e-4)
+
+
+def test_generator_and_global_seed():
+    xb = torch.randn(60, 24)
+    def weights(**kwargs): return lsuv_(chain(), xb, **kwargs)[0].weight.detach().clone()
+    a, b, c = (weights(generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    test_like(a, b, rtol=0, atol=0); assert not torch.equal(a, c)
+    rng = torch.get_rng_state(); model = chain(); rng = torch.get_rng_state()
+    lsuv_(model, xb, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), rng)
+    torch.manual_seed(5); d = weights(); torch.manual_seed(5); e = weights(); f = weights()
+    test_like(d, e, rtol=0, atol=0); assert not torch.equal(e, f)
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 1e-2)])
+def test_dtypes(dtype, tol):
+    model, xb = chain().to(dtype), torch.randn(60, 24, dtype=dtype)
+    lsuv_(model, xb, tol=tol); check_unit(model, xb, tol=tol)
+    assert all(p.dtype == dtype for p in model.parameters())
+
+
+def test_batch_of_one():
+    model, xb = nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 24)), torch.randn(1, 24)
+    lsuv_(model, xb); check_unit(model, xb)
+
+
+def test_large_biases_of_ones_own():
+    layer, xb = nn.Linear(20, 30), .01*torch.randn(50, 20)
+    nn.init.constant_(layer.bias, 1000.)
+    lsuv_(layer, xb, orthogonal=False)
+    assert abs(layer(xb).mean()) < 2e-3 and abs(layer(xb).std() - 1) < 2e-3
+
+
+def test_whole_number_inputs_behind_an_embedding():
+    model, xb = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5)), torch.randint(9, (40, 3))
+    before = model[0].weight.detach().clone()
+    lsuv_(model, xb)
+    assert abs(model(xb).std() - 1) < 2e-3 and torch.equal(model[0].weight, before)
+
+
+def test_outputs_in_tuples():
+    pair = Model(lambda m, x: (m.a(x), x), a=nn.Linear(6, 6))
+    model, xb = Model(lambda m, x: m.b(m.pair(x)[0]), pair=pair, b=nn.Linear(6, 2)), torch.randn(40, 6)
+    lsuv_(model, xb, layers=[(pair.a, pair), model.b]); check_unit(model, xb)
+
+
+# ---- what is left alone ---------------------------------------------------------------------------------------------
+
+def test_modes_buffers_gradients_and_identity_are_kept():
+    model = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Dropout(.5), nn.ReLU(), nn.Linear(12, 12))
+    xb = torch.randn(30, 12)
+    model(xb).sum().backward()
+    model.train(); model[2].eval(); model[0].requires_grad_(False)
+    params, grads = list(model.parameters()), [p.grad.clone() for p in model.parameters()]
+    buffers, modes = copy.deepcopy(dict(model.named_buffers())), [m.training for m in model.modules()]
+    assert lsuv_(model, xb) is model
+    test_like(dict(model.named_buffers()), buffers, rtol=0, atol=0)
+    assert [m.training for m in model.modules()] == modes and no_hooks(model)
+    assert all(p is q for p, q in zip(model.parameters(), params))
+    test_like([p.grad for p in model.parameters()], grads, rtol=0, atol=0)
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True, True, True]
+    assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
+
+
+def test_random_state_is_kept_where_nothing_is_drawn():
+    class Noisy(nn.Module):
+        def forward(self, x): return x + torch.randn_like(x)*.01
+    model, xb = nn.Sequential(nn.Linear(6, 6), Noisy(), nn.Linear(6, 6)), torch.randn(50, 6)
+    rng = torch.get_rng_state()
+    lsuv_(model, xb, orthogonal=False, tol=.1); output_stats(model, xb)
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_hooks_of_others_stay():
+    model, xb, heard = chain(1), torch.randn(20, 24), []
+    model[0].register_forward_hook(lambda *args: heard.append(1))
+    lsuv_(model, xb)
+    assert heard and len(model[0]._forward_hooks) == 1
+
+
+def test_grad_mode_is_kept():
+    model, xb = chain(1), torch.randn(20, 24)
+    lsuv_(model, xb); assert torch.is_grad_enabled() and model(xb).requires_grad
+    with torch.no_grad(): lsuv_(model, xb); assert not torch.is_grad_enabled()
+
+
+def test_nothing_keeps_the_model_alive():
+    model, xb = chain(), torch.randn(20, 24)
+    lsuv_(model, xb); output_stats(model, xb)
+    ref = weakref.ref(model)
+    del model; gc.collect()
+    assert ref() is None
+
+
+# ---- output_stats ---------------------------------------------------------------------------------------------------
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 20), st.integers(2, 20), st.floats(.01, 100), st.integers(0, 99))
+def test_the_two_parts_of_the_variance(bs, nf, scale, seed):
+    torch.manual_seed(seed)
+    layer, xb = nn.Linear(5, nf).double(), scale*torch.randn(bs, 5).double()
+    y, s = layer(xb).detach(), output_stats(layer, xb)["Linear"]
+    assert s["n"] == y.numel() and s["calls"] == 1
+    test_like([s["mean"], s["std"]], [y.mean().item(), y.std().item()], rtol=1e-9, atol=1e-12)
+    units = y.mean(0).var(correction=0)
+    test_like(s["from_inputs"]*y.var(correction=0) + units, y.var(correction=0), rtol=1e-9)
+
+
+def test_share_from_inputs_extremes():
+    layer = nn.Linear(5, 8)
+    assert output_stats(layer, torch.randn(1, 5).expand(30, 5))["Linear"]["from_inputs"] < 1e-9
+    nn.init.zeros_(layer.bias); x = torch.randn(30, 5)
+    assert output_stats(layer, torch.cat([x, -x]))["Linear"]["from_inputs"] > 1 - 1e-6
+
+
+def test_pooled_calls():
+    model = Model(lambda m, x: (m.a(x), m.a(3*x + 1)), a=nn.Linear(5, 4))
+    xb = torch.randn(30, 5)
+    y = torch.cat([t.detach() for t in model(xb)])
+    s = output_stats(model, xb)["a"]
+    test_like([s["mean"], s["std"]], [y.mean().item(), y.std().item()], rtol=1e-5)
+    assert s["n"] == y.numel() and s["calls"] == 2
+
+
+def test_output_stats_shows_ill_layers_instead_of_raising():
+    model = nn.Sequential(nn.Linear(4, 4), Do(lambda x: x*math.inf), nn.Linear(4, 4))
+    stats = output_stats(model, torch.randn(9, 4))
+    assert math.isfinite(stats["0"]["std"]) and not math.isfinite(stats["2"]["mean"])
+    assert output_stats(nn.Linear(4, 4), torch.zeros(0, 4))["Linear"]["n"] == 0
+    assert no_hooks(model)
+
+
+# ---- bad days: the layer's name, and nothing half-done --------------------------------------------------------------
+
+def refused(model, xb, match, kind=ValueError, **kwargs):
+    before, modes = state(model), [m.training for m in model.modules()]
+    with pytest.raises(kind, match=match): lsuv_(model, xb, **kwargs)
+    test_like(state(model), before, rtol=0, atol=0)
+    assert no_hooks(model) and [m.training for m in model.modules()] == modes
+
+
+def test_dead_layers():
+    model = Model(lambda m, x: m.body(x), body=nn.Sequential(nn.Linear(6, 6), Do(lambda x: x*0), nn.Linear(6, 6)))
+    refused(model, torch.randn(20, 6), r"'body\.2' is dead.*std 0")
+    refused(chain(2), torch.zeros(20, 24), "'0' is dead")
+    zero = chain(2); nn.init.zeros_(zero[2].weight)
+    refused(zero, torch.randn(20, 24), "'2' is dead", orthogonal=False)
+    refused(nn.Sequential(nn.Linear(6, 6), Do(lambda x: x*0 + 7.), nn.Linear(6, 1)), torch.randn(20, 6), "'2' is dead")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_inf(bad):
+    xb = torch.randn(20, 24); xb[3, 4] = bad
+    refused(chain(), xb, "'0' puts out NaN or inf")
+    refused(nn.Sequential(nn.Linear(24, 24), Do(lambda x: x + bad), nn.Linear(24, 24)), torch.randn(20, 24), "'2' puts out NaN or inf")
+    with torch.no_grad():
+        broken = chain(); broken[4].weight[0, 0] = bad
+    before = state(broken)
+    with pytest.raises(ValueError, match="'4' puts out NaN or inf"): lsuv_(broken, torch.randn(20, 24), orthogonal=False)
+    test_like(state(broken), before, rtol=0, atol=0)
+    lsuv_(broken, torch.randn(20, 24))           # an orthogonal start forgets it
+
+
+@pytest.mark.parametrize("act, last", [(nn.Sigmoid, r"std 0\.4"), (nn.Tanh, r"std 0\.9"), (nn.Softsign, r"std 0\.9")])
+def test_a_std_out_of_reach(act, last):
+    model = chain(3, act=act)
+    refused(model, torch.randn(50, 24), f"'0' did not settle in .*{last}.*mean=None", layers=list(zip(model[::2], model[1::2])))
+
+
+def test_a_mean_out_of_reach():
+    model = chain(3)
+    refused(model, torch.randn(50, 24), "'0' did not settle in 50 steps: mean 0.*wanted 0.0 and 1.0", layers=list(zip(model[::2], model[1::2])))
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    refused(model, torch.randn(50, 8), "'0' did not settle", layers=[(model[0], model[1])], std=2.)
+
+
+def test_max_iter():
+    model = chain(3, act=nn.GELU)
+    pairs = list(zip(model[::2], model[1::2]))
+    refused(model, torch.randn(50, 24), "did not settle in 1 steps", layers=pairs, mean=None, max_iter=1)
+    lsuv_(model, torch.randn(50, 24), layers=pairs, mean=None, max_iter=10)
+    lsuv_(chain(), torch.randn(50, 24), max_iter=1)          # a layer's own output takes one step
+
+
+def test_no_layers():
+    refused(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), torch.randn(9, 4), "no layer.*layers.*Linear")
+    refused(chain(), torch.randn(9, 24), "no layer", layers=[])
+    refused(chain(), torch.randn(9, 24), "no layer", layers={})
+
+
+def test_an_empty_batch_or_a_single_number():
+    refused(chain(), torch.randn(0, 24), "'0' puts out 0 numbers.*empty")
+    refused(nn.Sequential(nn.Conv2d(1, 2, 3)), torch.randn(0, 1, 5, 5), "'0' puts out 0 numbers.*empty")
+    refused(nn.Sequential(nn.Linear(4, 1)), torch.randn(1, 4), "'0' puts out 1 numbers")
+
+
+def test_layers_that_do_not_run_when_asked_for():
+    model = Model(lambda m, x: m.a(x), a=nn.Linear(4, 4), spare=nn.Linear(4, 4))
+    refused(model, torch.randn(9, 4), "'spare' does not run", layers=[model.spare])
+    refused(model, torch.randn(9, 4), "'a' does not run, or not before", layers=[(model.a, model.spare)])
+    refused(nn.Sequential(nn.Identity(), Model(lambda m, x: x, b=nn.Linear(4, 4))), torch.randn(9, 4), "'1.b' does not run")
+
+
+def test_a_layer_that_runs_only_at_first():
+    runs = []
+    def run(m, x):
+        runs.append(1)
+        return m.b(m.a(x)) if len(runs) == 1 else x
+    refused(Model(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), torch.randn(9, 4), "'a' ran at first")
+
+
+def test_layers_of_the_wrong_kind():
+    model, xb = chain(), torch.randn(9, 24)
+    refused(model, xb, r"layers\[0\].*no part of the model", layers=[nn.Linear(24, 24)])
+    refused(model, xb, r"layers\[1\].*no part of the model", layers=[model[0], (model[2], nn.ReLU())])
+    refused(model, xb, r"layers\[0\] is 3.*pairs", kind=TypeError, layers=[3])
+    refused(model, xb, r"layers\['x'\] is \(Linear.*pairs", kind=TypeError, layers={"x": (model[0], model[1], model[2])})
+    refused(model, xb, "'1' .ReLU. has no weight", layers=[model[1]])
+    normed = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    refused(normed, torch.randn(9, 4), "'1' .BatchNorm1d. has no weight matrix", layers=[normed[1]])
+
+
+def test_weights_that_are_computed_or_not_there_yet():
+    from torch.nn.utils.parametrizations import weight_norm
+    model = nn.Sequential(weight_norm(nn.Linear(4, 4)))
+    refused(model, torch.randn(9, 4), "'0'.*no weight matrix of its own.*weight_norm")
+    with pytest.raises(ValueError, match="'0' does not know its shape yet"): lsuv_(nn.Sequential(nn.LazyLinear(4)), torch.randn(9, 4))
+
+
+@pytest.mark.parametrize("kwargs, match", [(dict(tol=0.), "tol is 0"), (dict(tol=-1.), "tol is -1"), (dict(tol=math.nan), "tol is nan"),
+                                           (dict(std=0.), "std is 0"), (dict(std=-1.), "std is -1"), (dict(std=math.inf), "std is inf"),
+                                           (dict(max_iter=0), "max_iter is 0")])
+def test_options_refused(kwargs, match): refused(chain(), torch.randn(9, 24), match, **kwargs)
+
+
+def test_models_without_hooks():
+    for model in (training.Linear(4, 4), nn.Linear, lambda x: x, None):
+        with pytest.raises(TypeError): lsuv_(model, torch.randn(9, 4))
+        with pytest.raises(TypeError): output_stats(model, torch.randn(9, 4))
+
+
+def test_the_models_own_error_passes_and_nothing_is_half_done():
+    refused(chain(), torch.randn(9, 5), "shapes", kind=RuntimeError)
+    odd = nn.Sequential(nn.Linear(4, 4), Do(lambda x: {"not": "a tensor"}))
+    refused(odd, torch.randn(9, 4), "'0'.*dict", kind=HookError, layers=[(odd[0], odd[1])])
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_ctrl_c_in_any_run(at):
+    runs = []
+    def stop(x):
+        runs.append(1)
+        if len(runs) == at: raise KeyboardInterrupt
+        return x
+    refused(nn.Sequential(*chain(4), Do(stop)), torch.randn(30, 24), "", kind=KeyboardInterrupt)
+    assert len(runs) == at
+
+
+def test_everything_public_is_tested(): assert set(lsuv.__all__) == {"lsuv_", "output_stats"}

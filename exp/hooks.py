@@ -22,7 +22,7 @@ from .learner import Callback, Cancel
 from .plots import plot_lines, subplots
 from .testing import Table, table
 
-# %% ../nbs/05b_cnn_hooks.ipynb #e8f7c89b
+# %% ../nbs/05b_cnn_hooks.ipynb #2a985c28
 def _pair(value, name: str, least: int) -> tuple[int, int]:
     "One number for both directions, or two. Raises: TypeError, ValueError."
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
@@ -45,7 +45,7 @@ def windows(
     bs, c, h, w = x.shape
     oh, ow = (h - dh*(kh - 1) - 1)//sh + 1, (w - dw*(kw - 1) - 1)//sw + 1
     if min(oh, ow) < 1:
-        raise ValueError(f"x is {h}×{w} with padding, a window {dh*(kh - 1) + 1}×{dw*(kw - 1) + 1}: "
+        raise ValueError(f"x is {h}×{w} with padding, a window {dh*(kh-1) + 1}×{dw*(kw-1) + 1}: "
                          "use a smaller kernel, less dilation or more padding")
     n, m, i, j = x.stride()
     return x.as_strided((bs, c, oh, ow, kh, kw), (n, m, i*sh, j*sw, i*dh, j*dw))
@@ -392,7 +392,7 @@ class Summary:
     def _repr_markdown_(self) -> str: return self.table()
     def __repr__(self) -> str: return str(self.table())
 
-# %% ../nbs/05b_cnn_hooks.ipynb #ec19c050
+# %% ../nbs/05b_cnn_hooks.ipynb #963f2344
 def summary(
     model: nn.Module,  # runs once, in evaluation mode, and is then as it was before
     xb,                # a batch for it
@@ -402,7 +402,7 @@ def summary(
     run on xb, naming the last layer that could.
     """
     _check_hookable(model, "model")
-    if isinstance(xb, Tensor) and not len(xb): raise ValueError("xb is empty: give at least one item")
+    if isinstance(xb, Tensor) and not len(xb): raise ValueError("xb is empty: give an item or more")
     rows, seen = [], set()
     layers = {name or type(m).__name__: m for name, m in model.named_modules()
               if m._parameters or not any(m.children())}
@@ -425,7 +425,7 @@ def summary(
     return Summary(rows, sum(p.numel() for p in params),
                    sum(p.numel() for p in params if p.requires_grad))
 
-# %% ../nbs/05b_cnn_hooks.ipynb #95091ba2
+# %% ../nbs/05b_cnn_hooks.ipynb #f4eac709
 def _thin(x: Tensor, sample: int) -> Tensor:
     "About `sample` values at most, evenly spread; a step prime to the size visits all positions."
     step = max(1, -(-x.numel()//sample))
@@ -445,11 +445,12 @@ class ActivationStats(Callback):
         every: int = 1,         # measure at each so many training steps
         bins: int = 60,         # of a histogram
         limits: tuple[float, float] = (-6., 6.),  # of a histogram; values beyond go to the edges
-        sample: int = 20_000,   # values that a histogram counts, about; the rest measures all
-        unit_dim: int = 1,      # the dimension of the output that numbers the units
+        sample: int = 5_000,    # values that a histogram counts, about; the rest measures all
+        unit_dim: int = 1,      # the dimension of the output that numbers the units, ≥ 1
     ):
-        if min(every, bins, sample) < 1:
-            raise ValueError(f"every is {every}, bins {bins}, sample {sample}: give numbers ≥ 1")
+        if min(every, bins, sample, unit_dim) < 1:
+            raise ValueError(f"every is {every}, bins {bins}, sample {sample}, unit_dim {unit_dim}: "
+                             "give numbers ≥ 1")
         if not limits[0] < limits[1]: raise ValueError(f"limits is {limits}: give (low, high)")
         self.layers, self.every, self.bins, self.limits = layers, every, bins, limits
         self.sample, self.unit_dim, self.names, self._hooks = sample, unit_dim, [], None
@@ -479,27 +480,26 @@ class ActivationStats(Callback):
         x = _tensor_in(out).detach().float()
         mean = x.mean()
         std = (x - mean).norm()/x.numel()**.5
-        self._now[hook.name] = torch.cat([torch.stack([mean, std, self._dead(x)]), self._hist(x)])
+        self._now[hook.name] = (mean, std, self._dead(x)), self._hist(x)
 
     def _dead(self, x: Tensor) -> Tensor:
-        "Share of units that give one value only; NaN if one value is all they were asked for."
-        dim = self.unit_dim % x.ndim if x.ndim > 1 else 0
-        if x.numel() == x.shape[dim]: return x.new_tensor(math.nan)
-        low = high = x
-        if dim: low, high, dim = x.amin(0), x.amax(0), dim - 1   # over the batch first: faster
-        others = [d for d in range(low.ndim) if d != dim]
-        if others: low, high = low.amin(others), high.amax(others)
-        return (low == high).float().mean()
+        "Share of units that give the same for all items; NaN for a batch of one."
+        if len(x) < 2: return x.new_tensor(math.nan)
+        same = x.amin(0) == x.amax(0)
+        if same.ndim > 1: same = same.movedim(self.unit_dim - 1, 0).flatten(1).all(1)
+        return same.mean(dtype=x.dtype)
 
     def _hist(self, x: Tensor) -> Tensor:
-        "Share of the values in each bin."
-        few = _thin(x, self.sample).clamp(*self.limits)
-        return few.histc(self.bins, *self.limits)/few.numel()
+        "How many of a sample of values lie in each bin."
+        return _thin(x, self.sample).clamp(*self.limits).histc(self.bins, *self.limits)
 
     def after_batch(self, learn):
         if self._now:
-            gap = torch.full_like(next(iter(self._now.values())), math.nan)   # layer did not run
-            self._new.append(torch.stack([self._now.get(name, gap) for name in self.names]))
+            device = next(iter(self._now.values()))[1].device
+            gap = [torch.tensor(math.nan, device=device)]*3, torch.zeros(self.bins, device=device)
+            rows = [self._now.get(name, gap) for name in self.names]     # gap: layer did not run
+            numbers = torch.stack([number for numbers, _ in rows for number in numbers])
+            self._new.append(torch.cat([numbers.view(-1, 3), torch.stack([h for _, h in rows])], 1))
             self._steps.append(self._step - 1)
         self._now, self._on = {}, False
 
@@ -527,7 +527,10 @@ class ActivationStats(Callback):
     @property
     def dead(self) -> Tensor: "Share of dead units, (n_layers, n_steps)"; return self._all()[..., 2]
     @property
-    def hists(self) -> Tensor: "Shares, (n_layers, n_steps, bins)"; return self._all()[..., 3:]
+    def hists(self) -> Tensor:
+        "Share of the values in each bin, (n_layers, n_steps, bins)"
+        counts = self._all()[..., 3:]
+        return counts/counts.sum(-1, keepdim=True)
     @property
     def steps(self) -> list[int]: "The training steps that were measured."; return list(self._steps)
 
@@ -560,8 +563,8 @@ class ActivationStats(Callback):
         for ax in axes.flat: ax.grid(False); ax.set_visible(False)
         for ax, name, rows in zip(axes.flat, self.names, self.hists):
             ax.set_visible(True)
-            ax.imshow((rows.T*self.sample).log1p().numpy(), origin="lower", aspect="auto", cmap="viridis",
-                      extent=extent, interpolation="nearest")
+            ax.imshow((rows.T*self.sample).log1p().numpy(), origin="lower", aspect="auto",
+                      cmap="viridis", extent=extent, interpolation="nearest")
             ax.set(title=f"layer {name}", xlabel="step")
         for ax in axes[:, 0]: ax.set_ylabel("activation")
         fig.suptitle(title, x=.01, ha="left", fontsize=11)

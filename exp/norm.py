@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/06_batchnorm.ipynb #90e546f5
+# %% ../nbs/06_batchnorm.ipynb #ee0f8b92
 def centre(
     x: Tensor,            # values, float32 or float64
     dims: Sequence[int],  # the axes to average over
-) -> tuple[Tensor, Tensor, Tensor]:  # x - mean; mean and variance, with axes of length 1 in dims
-    "Subtract the mean, twice, so that rounding leaves nothing of it; the variance divides by m."
+) -> tuple[Tensor, Tensor, Tensor]:  # x - mean; mean and variance, of length 1 along dims
+    "Subtract the mean, twice, so that rounding leaves none of it. The variance divides by m."
     mean = x.mean(dims, keepdim=True)
     d = x - mean
     left = d.detach().mean(dims, keepdim=True)   # the rounding error of mean: a constant
@@ -54,7 +54,7 @@ class _Norm(nn.Module):
         for p, value in ((self.weight, 1.), (self.bias, 0.)):
             if p is not None: p.fill_(value)
 
-# %% ../nbs/06_batchnorm.ipynb #479e670c
+# %% ../nbs/06_batchnorm.ipynb #390304bf
 def _check_channels(x: Tensor, c: int, name: str) -> None:
     "Raises: ValueError unless x is (bs, c, …)."
     if x.ndim < 2 or x.shape[1] != c:
@@ -70,7 +70,8 @@ def _aligned(values: Tensor | None, ndim: int) -> Tensor | None:
 
 class _ChannelNorm(_Norm):
     "A norm of channels that may remember their mean and variance for evaluation."
-    def __init__(self, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias):
+    def __init__(self, num_features, eps, momentum, affine, track_running_stats,
+                 device, dtype, bias):
         super().__init__((num_features,), eps, affine, bias, device, dtype)
         self.num_features, self.momentum, self.affine = num_features, momentum, affine
         self.track_running_stats = track_running_stats
@@ -94,7 +95,8 @@ class _ChannelNorm(_Norm):
             if self.training and self.track_running_stats:
                 self._remember(mean.detach(), var.detach(), x.numel()//mean.numel())
         else:
-            d, var = wide - _aligned(self.running_mean, x.ndim), _aligned(self.running_var, x.ndim)
+            mean, var = (_aligned(b, x.ndim) for b in (self.running_mean, self.running_var))
+            d = wide - mean
         weight, bias = _aligned(self.weight, x.ndim), _aligned(self.bias, x.ndim)
         return _finish(d, var, self.eps, weight, bias, x.dtype)
 
@@ -107,19 +109,19 @@ class _ChannelNorm(_Norm):
         return (f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
                 f"affine={self.affine}, track_running_stats={self.track_running_stats}")
 
-# %% ../nbs/06_batchnorm.ipynb #cd564361
+# %% ../nbs/06_batchnorm.ipynb #0db063e3
 class BatchNorm(_ChannelNorm):
     """Give each channel mean 0 and variance 1 over the batch, then scale γ and shift β.
-    Evaluation uses running averages. Raises: ValueError on other channels, or if a training batch
-    has fewer than two values per channel. Same as: nn.BatchNorm1d, 2d, 3d (1e-5).
+    Evaluation uses running averages. Raises: ValueError on other channels, or if a training
+    batch has fewer than two values per channel. Same as: nn.BatchNorm1d, 2d, 3d (1e-5).
     Paper: Ioffe & Szegedy 2015."""
     def __init__(
         self,
         num_features: int,       # channels c of (bs, c), (bs, c, l), (bs, c, h, w), …
         eps: float = 1e-5,       # added to the variance
-        momentum: float | None = .1,  # share of a new batch in the averages; None: all count alike
+        momentum: float | None = .1,  # share of a new batch in the averages; None: equal shares
         affine: bool = True,     # train γ and β?
-        track_running_stats: bool = True,  # keep averages? If not, evaluation uses its own batch
+        track_running_stats: bool = True,  # keep averages? Else evaluation uses its own batch
         device=None,             # where the parameters live
         dtype=None,              # of the parameters
         *,
@@ -137,10 +139,10 @@ class BatchNorm(_ChannelNorm):
     def _check_size(self, x):
         if x.numel() <= x.shape[1]:
             raise ValueError("Expected more than 1 value per channel when training, "
-                             f"got {tuple(x.shape)}: use a larger batch (drop a last batch of one), "
-                             "eval(), or a norm without a batch, such as GroupNorm")
+                             f"got {tuple(x.shape)}: use larger batches (drop a last of one), "
+                             "eval(), or a norm that needs no batch, such as GroupNorm")
 
-# %% ../nbs/06_batchnorm.ipynb #f743946b
+# %% ../nbs/06_batchnorm.ipynb #4c4153e4
 class LayerNorm(_Norm):
     """Give each item mean 0 and variance 1 over its last axes, then scale and shift each entry.
     Raises: ValueError if x does not end in normalized_shape. Same as: nn.LayerNorm (1e-5).
@@ -154,7 +156,8 @@ class LayerNorm(_Norm):
         device=None,                      # where the parameters live
         dtype=None,                       # of the parameters
     ):
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        single = isinstance(normalized_shape, int)
+        shape = (normalized_shape,) if single else tuple(normalized_shape)
         if not shape: raise ValueError("normalized_shape is empty: give at least one size")
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self.normalized_shape, self.elementwise_affine = shape, elementwise_affine
@@ -162,19 +165,20 @@ class LayerNorm(_Norm):
     def forward(self, x: Tensor) -> Tensor:
         n = len(self.normalized_shape)
         if tuple(x.shape[-n:]) != self.normalized_shape:
-            raise ValueError(f"x is {tuple(x.shape)} but normalized_shape {self.normalized_shape}: "
-                             "its last axes must have these sizes")
+            raise ValueError(f"x is {tuple(x.shape)}, normalized_shape {self.normalized_shape}:"
+                             " the last axes of x must have these sizes")
         d, _, var = centre(_wide(x), list(range(-n, 0)))
         return _finish(d, var, self.eps, self.weight, self.bias, x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        return (f"{self.normalized_shape}, eps={self.eps}, "
+                f"elementwise_affine={self.elementwise_affine}")
 
-# %% ../nbs/06_batchnorm.ipynb #0f013a25
+# %% ../nbs/06_batchnorm.ipynb #0de952bd
 class GroupNorm(_Norm):
-    """Give each group of channels of each item mean 0 and variance 1, then scale and shift channels.
-    Raises: ValueError on groups that do not divide the channels, on other channels, or if there is
-    one value in all. Same as: nn.GroupNorm (1e-5). Paper: Wu & He 2018."""
+    """Give each group of channels of each item mean 0, variance 1; then scale, shift channels.
+    Raises: ValueError on groups that do not divide the channels, on other channels, or on one
+    item with one value per group. Same as: nn.GroupNorm (1e-5). Paper: Wu & He 2018."""
     def __init__(
         self,
         num_groups: int,      # groups of neighbouring channels; 1: all together
@@ -187,8 +191,9 @@ class GroupNorm(_Norm):
         bias: bool = True,    # train β, if affine?
     ):
         if num_groups < 1 or num_channels % num_groups:
+            advice = f"try num_groups = {max(1, math.gcd(num_channels, num_groups))}"
             raise ValueError(f"num_channels ({num_channels}) must be divisible by num_groups "
-                             f"({num_groups}): try num_groups = {math.gcd(num_channels, num_groups)}")
+                             f"({num_groups}): {advice}")
         super().__init__((num_channels,), eps, affine, bias, device, dtype)
         self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
 
@@ -196,17 +201,17 @@ class GroupNorm(_Norm):
         _check_channels(x, self.num_channels, "num_channels")
         if x.numel() == self.num_groups:
             raise ValueError("Expected more than 1 value per channel when training, "
-                             f"got {tuple(x.shape)} in {self.num_groups} groups: use fewer groups")
+                             f"got {tuple(x.shape)}, {self.num_groups} groups: use fewer")
         bs, c, g = len(x), self.num_channels, self.num_groups
         d, _, var = centre(_wide(x).reshape(bs, g, math.prod(x.shape[1:])//g), [2])
-        var = var.repeat_interleave(c//g, 1).reshape(bs, c, *[1]*(x.ndim - 2))   # for each channel
+        var = var.repeat_interleave(c//g, 1).reshape(bs, c, *[1]*(x.ndim - 2))   # per channel
         weight, bias = _aligned(self.weight, x.ndim), _aligned(self.bias, x.ndim)
         return _finish(d.reshape(x.shape), var, self.eps, weight, bias, x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"
 
-# %% ../nbs/06_batchnorm.ipynb #0c4183cf
+# %% ../nbs/06_batchnorm.ipynb #40e170aa
 class InstanceNorm(_ChannelNorm):
     """Give each channel of each item mean 0 and variance 1 over its pixels.
     With track_running_stats, evaluation uses averages over items. Raises: ValueError on other
@@ -232,13 +237,14 @@ class InstanceNorm(_ChannelNorm):
     def _share(self) -> float: return self.momentum or 0.   # and, as in PyTorch, no count
 
     def _check_size(self, x):
-        if x.numel() == x.shape[0]*x.shape[1] and len(x) or len(x) == 0 and self.track_running_stats:
+        alone = x.numel() == len(x)*x.shape[1] and len(x) > 0
+        if alone or len(x) == 0 and self.track_running_stats:
             raise ValueError("Expected more than 1 spatial element when training, "
                              f"got {tuple(x.shape)}: one value per channel is its own mean")
 
-# %% ../nbs/06_batchnorm.ipynb #d7a1ca86
+# %% ../nbs/06_batchnorm.ipynb #5dc44456
 class RunningBatchNorm(_Norm):
-    """Normalise channels by running averages, in training as in evaluation; made for tiny batches.
+    """Normalise channels by running averages in training too; made for tiny batches.
     The averages are unbiased from the first batch on, and each *item* replaces the same share.
     Raises: ValueError on other channels, an empty training batch, a momentum outside (0, 1)."""
     def __init__(
@@ -260,9 +266,11 @@ class RunningBatchNorm(_Norm):
         super().__init__((num_features,), eps, affine, bias, device, dtype)
         self.num_features, self.momentum, self.per = num_features, momentum, per
         self.affine = affine
-        self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
-        self.register_buffer("num_items_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        made = dict(device=device, dtype=dtype)
+        self.register_buffer("running_mean", torch.zeros(num_features, **made))
+        self.register_buffer("running_var", torch.ones(num_features, **made))
+        count = torch.tensor(0, dtype=torch.long, device=device)
+        self.register_buffer("num_items_tracked", count)
 
     def reset_running_stats(self) -> None:
         "Forget what was seen."
@@ -287,9 +295,8 @@ class RunningBatchNorm(_Norm):
     def _pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "x minus the new running mean, and the new running variance; both are kept."
         if not x.numel():
-            raise ValueError(f"x is {tuple(x.shape)}: there is nothing to average, skip this batch")
-        old_mean, old_var = (_aligned(b.clone(), x.ndim)[None]
-                             for b in (self.running_mean, self.running_var))
+            raise ValueError(f"x is {tuple(x.shape)}: nothing to average, skip this batch")
+        old_mean, old_var = (_aligned(b, x.ndim) for b in (self.running_mean, self.running_var))
         d, mean, var = centre(x, [i for i in range(x.ndim) if i != 1])
         s, gap = self._share(len(x)), mean - old_mean
         var = (1 - s)*old_var + s*var + s*(1 - s)*gap.square()

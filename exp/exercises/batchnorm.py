@@ -10,18 +10,20 @@ from torch import nn
 from ..norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RunningBatchNorm
 from ..setup import attempt
 
-# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #8c992fc0
+# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #0e8ace5b
 def _close(actual, expected, name: str, advice: str, tol: float = 1e-6) -> None:
     "Raises: AssertionError with advice unless shape, dtype and values agree."
-    assert isinstance(actual, torch.Tensor), f"{name} is a {type(actual).__name__}: return a tensor"
-    assert actual.shape == expected.shape, (f"{name} has shape {tuple(actual.shape)} instead of "
-                                            f"{tuple(expected.shape)}: {advice}")
-    assert actual.dtype == expected.dtype, f"{name} is {actual.dtype}: keep the input's {expected.dtype}"
+    assert isinstance(actual, torch.Tensor), f"{name} is {actual!r:.40}: return a tensor"
+    assert actual.shape == expected.shape, (
+        f"{name} has shape {tuple(actual.shape)} instead of {tuple(expected.shape)}: {advice}")
+    assert actual.dtype == expected.dtype, (f"{name} is {actual.dtype}: "
+                                            f"keep the input's {expected.dtype}")
     gap = (actual.detach() - expected).abs().max().item()
     size = expected.abs().max().item()
-    assert gap <= tol*max(1., size), f"{name} is off by {gap:.2g} (values up to {size:.2g}): {advice}"
+    assert gap <= tol*max(1., size), (f"{name} is off by {gap:.2g} "
+                                      f"(values up to {size:.2g}): {advice}")
 
-# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #8628f3b8
+# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #6abd6634
 def check_rms_norm(
     func,  # your rms_norm(x, weight, eps)
 ) -> None:
@@ -34,14 +36,17 @@ def check_rms_norm(
             for eps in (1e-6, .5):
                 right = x/(x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
                 right = right if w is None else right*w
-                _close(attempt(func, x, w, eps), right, f"rms_norm of {shape}, weight {'given' if w is not None else None}, eps {eps}",
-                       "average the squares over the last axis (keepdim), add eps inside the root, subtract nothing")
+                given = "no weight" if w is None else "a weight"
+                _close(attempt(func, x, w, eps), right, f"rms_norm of {shape}, {given}, eps {eps}",
+                       "average the squares over the last axis (keepdim), add eps inside the "
+                       "root, subtract nothing")
     x = torch.full((2, 8), 300.).half()
     y = attempt(func, x, None, 1e-6)
-    assert y.dtype == torch.float16, f"a half-precision x gives {y.dtype}: return the dtype of x"
-    assert (y - 1).abs().max() < .01, "300² does not fit into half precision: square and average x.float(), then convert back"
+    assert y.dtype == torch.float16, f"half precision gives {y.dtype}: return the dtype of x"
+    assert (y - 1).abs().max() < .01, ("300² does not fit into half precision: "
+                                       "square and average x.float(), then convert back")
 
-# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #79090d6e
+# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #aa67dd45
 def check_fold_batchnorm(
     func,  # your fold_batchnorm(conv, norm)
 ) -> None:
@@ -49,9 +54,12 @@ def check_fold_batchnorm(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for norm_class in (BatchNorm, nn.BatchNorm2d):
-            for bias, affine, options in ((False, True, {}), (True, True, {"stride": 2, "padding": 1}),
-                                          (True, False, {"groups": 2}), (False, True, {"dilation": 2, "padding": (2, 1)})):
-                conv, norm = nn.Conv2d(4, 6, 3, bias=bias, **options).double(), norm_class(6, eps=1e-2, affine=affine).double()
+            for bias, affine, options in (
+                    (False, True, {}), (True, True, {"stride": 2, "padding": 1}),
+                    (True, False, {"groups": 2}),
+                    (False, True, {"dilation": 2, "padding": (2, 1)})):
+                conv = nn.Conv2d(4, 6, 3, bias=bias, **options).double()
+                norm = norm_class(6, eps=1e-2, affine=affine).double()
                 with torch.no_grad():
                     for p in norm.parameters(): p.uniform_(.5, 2)
                 for _ in range(3): norm(3*conv(torch.randn(8, 4, 9, 9).double()) + 1)
@@ -60,20 +68,25 @@ def check_fold_batchnorm(
                 x = torch.randn(2, 4, 9, 9).double()
                 right = norm(conv(x)).detach()
                 one = attempt(func, conv, norm)
-                case = f"conv with bias={bias}, {options or 'no options'}, {norm_class.__name__} with affine={affine}"
-                assert isinstance(one, nn.Conv2d), f"{case}: got a {type(one).__name__}: return one nn.Conv2d"
+                case = (f"conv with bias={bias}, {options or 'no options'}, "
+                        f"{norm_class.__name__} with affine={affine}")
+                assert isinstance(one, nn.Conv2d), (f"{case}: got a {type(one).__name__}: "
+                                                    "return one nn.Conv2d")
                 assert one is not conv, "the convolution itself was returned: build a new one"
-                _close(attempt(one, x), right, case, "scale each filter by γ/√(running_var + ε); the bias becomes "
-                       "(old bias - running_mean)·that + β; copy stride, padding, dilation, groups", 1e-9)
+                _close(attempt(one, x), right, case,
+                       "scale each filter by γ/√(running_var + ε); the bias becomes (old bias "
+                       "- running_mean)·that + β; copy stride, padding, dilation, groups", 1e-9)
                 after = [p for m in (conv, norm) for p in m.state_dict().values()]
-                assert all(map(torch.equal, before, after)), f"{case}: the arguments were changed: clone the weights first"
+                assert all(map(torch.equal, before, after)), (
+                    f"{case}: the arguments were changed: clone the weights first")
 
-# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #4402928a
+# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #7b31107a
 def check_layernorm_backward(
     func,  # your layernorm_backward(grad, x, weight, eps)
 ) -> None:
     "Check exercise 3. Raises: AssertionError with advice."
-    advice = {"x": "g = grad·weight loses its mean and its part along x̂, both over the last axis; then divide by √(var + ε)",
+    advice = {"x": "g = grad·weight loses its mean and its part along x̂, both over the last "
+                   "axis; then divide by √(var + ε)",
               "weight": "sum grad·x̂ over all axes but the last",
               "bias": "sum grad over all axes but the last"}
     gen = torch.Generator().manual_seed(0)
@@ -82,14 +95,17 @@ def check_layernorm_backward(
             x, grad = (torch.randn(shape, generator=gen, dtype=torch.float64) for _ in range(2))
             layer = LayerNorm(shape[-1], eps).double()
             with torch.no_grad(): layer.weight.copy_(torch.rand(shape[-1], generator=gen) + .5)
-            inp = x.clone().requires_grad_()
-            right = torch.autograd.grad((layer(inp)*grad).sum(), (inp, layer.weight, layer.bias))
-            with torch.no_grad(): got = attempt(func, grad.clone(), x.clone(), layer.weight.detach().clone(), eps)
-            assert isinstance(got, (tuple, list)) and len(got) == 3, "return three gradients: of x, weight and bias"
+            inp, weight = x.clone().requires_grad_(), layer.weight.detach().clone()
+            wanted = (inp, layer.weight, layer.bias)
+            right = torch.autograd.grad((layer(inp)*grad).sum(), wanted)
+            with torch.no_grad(): got = attempt(func, grad.clone(), x.clone(), weight, eps)
+            assert isinstance(got, (tuple, list)) and len(got) == 3, (
+                "return three gradients: of x, weight and bias")
             for name, mine, good in zip(advice, got, right):
-                _close(mine, good, f"for x of {shape} and eps {eps}, the gradient of {name}", advice[name], 1e-9)
+                case = f"for x of {shape} and eps {eps}, the gradient of {name}"
+                _close(mine, good, case, advice[name], 1e-9)
 
-# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #f3e1c55f
+# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #25a2e598
 def _neighbours_matter(norm: nn.Module) -> bool:
     "Does the first photo's output change with the last photo?"
     x = torch.randn(8, 6, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -111,18 +127,24 @@ def check_neighbours(
               "RunningBatchNorm, evaluation": RunningBatchNorm(6).eval()}
     assert answer is not None, "give a set of names such as {'LayerNorm'}, or set() for none"
     unknown = sorted(set(answer) - set(layers))
-    assert not unknown, f"{unknown} is not among the names {sorted(layers)}: copy them as they stand"
-    wrong = sum((name in set(answer)) != _neighbours_matter(layer) for name, layer in layers.items())
-    assert not wrong, f"{wrong} of {len(layers)} are wrong: for each, ask over which axes it averages now, or whether it uses averages of the past"
+    assert not unknown, f"{unknown} is not among {sorted(layers)}: copy the names as they stand"
+    wrong = sum((name in set(answer)) != _neighbours_matter(m) for name, m in layers.items())
+    assert not wrong, (f"{wrong} of {len(layers)} are wrong: for each, ask over which axes it "
+                       "averages now, or whether it uses averages of the past")
 
-# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #508513a8
+# %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #eb8e496c
 def check_five_numbers(
     answer,  # a list of five numbers
 ) -> None:
     "Check exercise 5. Raises: AssertionError with advice."
-    assert isinstance(answer, (list, tuple)) and len(answer) == 5, "give a list of five numbers, in the order of the questions"
+    assert isinstance(answer, (list, tuple)) and len(answer) == 5, (
+        "give a list of five numbers, in the order of the questions")
     right = [2*64, 7., 8., 3**.5, .25]
-    hints = ["γ and β; the averages are buffers", "after each batch, half of the distance to 8 is left", "its first batch counts in full",
-             "the mean is 2, the variance (1 + 1 + 1 + 9)/4", "the loss does not change when w does; compare slopes"]
+    hints = ["γ and β; the averages are buffers",
+             "after each batch, half of the distance to 8 is left",
+             "its first batch counts in full",
+             "the mean is 2, the variance (1 + 1 + 1 + 9)/4",
+             "the loss does not change when w does; compare slopes"]
     for i, (mine, good, hint) in enumerate(zip(answer, right, hints)):
-        assert mine is not None and abs(mine - good) < .006, f"number {i + 1} is not {mine}: {hint}"
+        right_here = mine is not None and abs(mine - good) < .006
+        assert right_here, f"number {i + 1} is not {mine}: {hint}"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .hooks import Conv2d, Hook, _as_found, _tensor_in, find_layers
 from .init import orthogonal_
 
-# %% ../nbs/07_lsuv.ipynb #3f8a8ed8
+# %% ../nbs/07_lsuv.ipynb #8f3ca779
 def _moments(x: Tensor) -> tuple[int, float, float, float]:
     "Of one output: count, mean, variance, and the mean over units of the variance over inputs."
     if not x.numel(): return 0, math.nan, math.nan, math.nan
@@ -44,11 +44,12 @@ def _pool(parts: list) -> _Stats:
     mean = sum(k*m for k, m, *_ in parts)/n
     var = sum(k*(v + (m - mean)*(m - mean)) for k, m, v, _ in parts)/n
     share = sum(k*i for k, *_, i in parts)/n/var if var else 0.
-    return _Stats(n, mean, math.sqrt(var*n/(n - 1)) if var >= 0 else math.nan, share, len(parts))
+    std = math.sqrt(var*n/(n - 1)) if var >= 0 else math.nan     # var may be NaN
+    return _Stats(n, mean, std, share, len(parts))
 
-# %% ../nbs/07_lsuv.ipynb #3be42214
+# %% ../nbs/07_lsuv.ipynb #f5b8b7d4
 class _Spot:
-    "A place to measure: the output of `measured` when it runs next after `layer` (or is `layer`)."
+    "A place to measure: what `measured` puts out when it runs next after `layer`."
     def __init__(self, layer: nn.Module, measured: nn.Module, tell: Callable):
         self.layer, self.measured, self.tell, self.due = layer, measured, tell, False
 
@@ -71,14 +72,15 @@ class _Unit:
     places: list = field(default_factory=list)   # pairs (layer, measured)
     steps: int = 0
     power: float = 1.                            # the std goes like weight**power
-    last: tuple[float, float] | None = None      # std before the last step, and its divisor
+    ease: float = 1.                             # share of a wrong mean to correct at once
+    last: tuple[float, float, float] | None = None   # std before the last step, divisor, excess
 
     def add(self, layer: nn.Module, measured: nn.Module):
         bias = layer._parameters.get("bias")
-        if bias is not None and all(bias is not b for b in self.biases): self.biases.append(bias)
+        if bias is not None and id(bias) not in map(id, self.biases): self.biases.append(bias)
         self.places.append((layer, measured))
 
-# %% ../nbs/07_lsuv.ipynb #73a4c36a
+# %% ../nbs/07_lsuv.ipynb #afad7256
 _KINDS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
           nn.ConvTranspose2d, nn.ConvTranspose3d, Conv2d)
 
@@ -91,12 +93,12 @@ def _places(model: nn.Module, layers) -> Iterator[tuple[str, nn.Module, nn.Modul
     for key, item in items:
         pair = tuple(item) if isinstance(item, (tuple, list)) else (item, item)
         if len(pair) != 2 or not all(isinstance(m, nn.Module) for m in pair):
-            raise TypeError(f"layers[{key!r}] is {item!r:.60}: give layers of the model, or pairs "
-                            "(layer, module to measure)")
+            raise TypeError(f"layers[{key!r}] is {item!r:.60}: give layers of the model, or "
+                            "pairs (layer, module to measure)")
         for m in pair:
             if id(m) not in names:
-                raise ValueError(f"layers[{key!r}] has a {type(m).__name__} that is no part of the "
-                                 "model: take layers from this very model")
+                raise ValueError(f"layers[{key!r}] has a {type(m).__name__} that is no part of "
+                                 "the model: take layers from this very model")
         yield key if isinstance(key, str) else names[id(pair[0])], *pair
 
 
@@ -104,27 +106,28 @@ def _weight_of(layer: nn.Module, name: str) -> nn.Parameter:
     "The layer's own weight. Raises: ValueError."
     weight = layer._parameters.get("weight")
     if isinstance(weight, nn.UninitializedParameter):
-        raise ValueError(f"layer {name!r} does not know its shape yet: run the model once before")
+        raise ValueError(f"layer {name!r} does not know its shape yet: run the model first")
     if weight is None or weight.ndim < 2 or not weight.is_floating_point():
-        raise ValueError(f"layer {name!r} ({type(layer).__name__}) has no weight matrix of its own "
-                         "to scale: leave it out, or use a weight_norm only afterwards")
+        raise ValueError(f"layer {name!r} ({type(layer).__name__}) has no weight matrix of its "
+                         "own to scale: leave it out, or use a weight_norm only afterwards")
     return weight
 
 
 def _units(model: nn.Module, layers) -> list[_Unit]:
-    "Units to set, one per weight. Raises: TypeError on what has no hooks, ValueError on no layers."
-    found = find_layers(model, _KINDS)           # also refuses a model without hooks
-    places = ((name, m, m) for name, m in found.items()) if layers is None else _places(model, layers)
+    "Units to set, one per weight. Raises: TypeError on a model without hooks, ValueError."
+    found = find_layers(model, _KINDS)
+    places = _places(model, found if layers is None else layers)
     units = {}
     for name, layer, measured in places:
         weight = _weight_of(layer, name)
         units.setdefault(id(weight), _Unit(name, weight)).add(layer, measured)
     if not units:
-        raise ValueError("there is no layer to measure: give `layers`, a list of modules of the "
-                         f"model that have a weight (by default {', '.join(k.__name__ for k in _KINDS)})")
+        kinds = ", ".join(kind.__name__ for kind in _KINDS)
+        raise ValueError("there is no layer to measure: give `layers`, a list of the model's "
+                         f"modules that have a weight (by default {kinds})")
     return list(units.values())
 
-# %% ../nbs/07_lsuv.ipynb #bce9b94d
+# %% ../nbs/07_lsuv.ipynb #67ea9a06
 @contextmanager
 def _measuring(model: nn.Module, xb, units: list[_Unit]) -> Iterator[Callable]:
     "A function that runs the model: some units -> their statistics, in the order of running."
@@ -153,110 +156,131 @@ def output_stats(
     xb,                # a batch for it
     layers=None,       # as for `lsuv_`
 ) -> dict[str, dict]:  # layer -> n, mean, std, from_inputs, calls; in the order of running
-    """Measure what each layer puts out for a batch, in evaluation mode. `from_inputs` is the share of
-    the variance by which inputs differ; the rest is a constant per unit, and says nothing about xb.
+    """Measure what each layer puts out for a batch, in evaluation mode. `from_inputs` is the
+    share of the variance by which inputs differ; the rest is a constant per unit.
     Raises: TypeError, ValueError for a model or layers that cannot be measured.
     """
     units = _units(model, layers)
     with _measuring(model, xb, units) as run:
         return {unit.name: vars(stats).copy() for unit, stats in run(units).items()}
 
-# %% ../nbs/07_lsuv.ipynb #788b4d07
-def _step(unit: _Unit, stats: _Stats, mean: float | None, std: float):
+# %% ../nbs/07_lsuv.ipynb #ce1b7a33
+@dataclass(frozen=True)
+class _Goal:
+    "What `lsuv_` is asked for."
+    mean: float | None
+    std: float
+    tol: float
+    max_iter: int
+
+    def __post_init__(self):
+        "Raises: ValueError on what nobody can reach."
+        if not self.tol > 0: raise ValueError(f"tol is {self.tol}: give a number above 0")
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"std is {self.std}: give a finite number above 0")
+        if self.mean is not None and not math.isfinite(self.mean):
+            raise ValueError(f"mean is {self.mean}: give a finite number, or None")
+        if self.max_iter < 1: raise ValueError(f"max_iter is {self.max_iter}: allow at least 1")
+
+    def excess(self, unit: _Unit, stats: _Stats) -> float:
+        "By how much the mean is too large; 0 if nobody asked, or no bias can shift it."
+        return stats.mean - self.mean if unit.biases and self.mean is not None else 0.
+
+    def is_met(self, unit: _Unit, stats: _Stats) -> bool:
+        room = self.tol*self.std
+        return abs(stats.std - self.std) <= room and abs(self.excess(unit, stats)) <= room
+
+
+def _step(unit: _Unit, stats: _Stats, goal: _Goal):
     "Divide weight and biases by what is too much, and shift the biases."
-    if unit.last is None: unit.power = stats.calls       # a layer that feeds itself: carefully
-    elif abs(math.log(unit.last[1])) > 1e-6:
-        before, divisor = unit.last
-        unit.power = min(max(math.log(before/stats.std)/math.log(divisor), .2), 10.)
-    divisor = (stats.std/std)**(1/unit.power)
+    off = goal.excess(unit, stats)
+    if unit.last is None: unit.power = stats.calls      # a layer that feeds itself: carefully
+    else:
+        before, divisor, off_before = unit.last
+        if abs(math.log(divisor)) > 1e-6:
+            unit.power = min(max(math.log(before/stats.std)/math.log(divisor), .2), 10.)
+        overshot = off*off_before < 0
+        unit.ease = unit.ease/2 if overshot else min(1., 1.5*unit.ease)
+    divisor = (stats.std/goal.std)**(1/unit.power)
     unit.weight.div_(divisor)
     for bias in unit.biases:
-        if mean is not None: bias.sub_(stats.mean)
-        bias.div_(divisor)
-        if mean: bias.add_(mean)
-    unit.last, unit.steps = (stats.std, divisor), unit.steps + 1
+        if goal.mean is None: bias.div_(divisor)
+        else: bias.sub_(unit.ease*off + goal.mean).div_(divisor).add_(goal.mean)
+    unit.last, unit.steps = (stats.std, divisor, off), unit.steps + 1
 
-# %% ../nbs/07_lsuv.ipynb #6403eb4b
-def _is_off(unit: _Unit, stats: _Stats, mean: float | None, std: float, tol: float) -> bool:
-    "Is it outside the tolerance? The mean counts where there is a bias to shift it."
-    shift = stats.mean - mean if unit.biases and mean is not None else 0.
-    return not (abs(stats.std - std) <= tol*std and abs(shift) <= tol*std)
-
-
+# %% ../nbs/07_lsuv.ipynb #719cae27
 def _illness(stats: _Stats) -> str:
     "Why there is no std to divide by; empty if there is one."
     if stats.n < 2: return f"puts out {stats.n} numbers for xb, too few for a std: is xb empty?"
     if not (math.isfinite(stats.mean) and math.isfinite(stats.std)):
         return "puts out NaN or inf: look for them in xb, then at what runs before"
     if stats.std <= max(1e-6*abs(stats.mean), 1e-30):
-        return (f"is dead: it puts out {stats.mean:.4g} whatever comes in (std {stats.std:.2g}). Is "
-                "what reaches it all zero, or its weight?")
+        return (f"is dead: it puts out {stats.mean:.4g} whatever comes in, std {stats.std:.0g}; "
+                "is its weight all zero, or what reaches it?")
     return ""
 
-# %% ../nbs/07_lsuv.ipynb #b769d36b
-@contextmanager
-def _all_or_nothing(units: list[_Unit]):
-    "If anything goes wrong, the weights and biases are put back."
-    params = [p for unit in units for p in (unit.weight, *unit.biases)]
-    kept = [p.detach().clone() for p in params]
-    try: yield
-    except BaseException:
-        with torch.no_grad():
-            for p, old in zip(params, kept): p.copy_(old)
-        raise
+
+def _is_off(unit: _Unit, stats: _Stats, goal: _Goal) -> bool:
+    "Must it be corrected? Raises: ValueError, naming the layer, where that is hopeless."
+    ill = _illness(stats)
+    if ill and not unit.steps: raise ValueError(f"layer {unit.name!r} {ill}")
+    if not ill and goal.is_met(unit, stats): return False
+    if not ill and unit.steps < goal.max_iter: return True
+    last = f"std {unit.last[0]:.4g}, then overflow" if ill else \
+        f"mean {stats.mean:.4g}, std {stats.std:.4g}"
+    raise ValueError(
+        f"layer {unit.name!r} did not settle in {unit.steps} steps: {last}; wanted {goal.mean} "
+        f"and {goal.std}. Behind an activation not everything can be reached: try mean=None, "
+        "another std, or a larger tol")
 
 
-def _check_options(tol: float, std: float, max_iter: int):
-    "Raises: ValueError."
-    if not tol > 0: raise ValueError(f"tol is {tol}: give a number above 0, such as 1e-3")
-    if not 0 < std < math.inf: raise ValueError(f"std is {std}: give a finite number above 0")
-    if max_iter < 1: raise ValueError(f"max_iter is {max_iter}: allow at least one step a layer")
-
-
-def _settle(run: Callable, units: list, mean: float | None, std: float, tol: float, max_iter: int):
+def _settle(run: Callable, units: list[_Unit], goal: _Goal):
     "Correct the first unit that is off, and run again, until none is."
     todo = list(units)
     while todo:
-        found = run(todo[:2])      # the run that confirms one measures the next
-        if not found: raise ValueError(f"layer {todo[0].name!r} ran at first, but does not any more")
+        found = run(todo[:2])       # the run that confirms one measures the next
+        if not found: raise ValueError(f"layer {todo[0].name!r} ran at first, now it does not")
         for unit, stats in found.items():
-            ill, off = _illness(stats), _is_off(unit, stats, mean, std, tol)
-            if ill and not unit.steps: raise ValueError(f"layer {unit.name!r} {ill}")
-            if ill or off and unit.steps == max_iter:
-                last = f"{unit.last[0]:.4g}, then overflow" if ill else f"{stats.std:.4g}"
-                raise ValueError(
-                    f"layer {unit.name!r} did not settle in {unit.steps} steps: mean {stats.mean:.4g}, "
-                    f"std {last}; wanted {mean} and {std}. Behind an activation not everything can be "
-                    "reached: try mean=None, another std, or a larger tol")
-            if off: _step(unit, stats, mean, std); break
+            if _is_off(unit, stats, goal): _step(unit, stats, goal); break
             todo.remove(unit)
-        if not todo:               # has a later one moved an earlier one?
-            todo = [unit for unit, s in run(units).items() if _is_off(unit, s, mean, std, tol)]
+        if not todo:                # has a later one moved an earlier one?
+            todo = [unit for unit, stats in run(units).items() if _is_off(unit, stats, goal)]
 
-# %% ../nbs/07_lsuv.ipynb #d75087df
+# %% ../nbs/07_lsuv.ipynb #5d8ff457
+@contextmanager
+def _all_or_nothing(units: list[_Unit]):
+    "Change weights off the tape; if anything goes wrong, they are put back."
+    params = [p for unit in units for p in (unit.weight, *unit.biases)]
+    kept = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        try: yield
+        except BaseException:
+            for p, old in zip(params, kept): p.copy_(old)
+            raise
+
+
 def lsuv_(
     model: nn.Module,     # changed in place: weights and biases of `layers`, nothing else
     xb,                   # a batch for it, as varied as the data
-    layers=None,          # what to set: a list or dict of modules, or of pairs (layer, module whose
-                          # output is measured); a part of the model; None: every linear layer and
-                          # convolution that runs
+    layers=None,          # what to set: a list or dict of modules, or of pairs (layer, module
+                          # whose output is measured); a part of the model; None: every linear
+                          # layer and convolution that runs
     tol: float = 1e-3,    # how far mean and std may be off, in units of `std`
     *,
-    mean: float | None = 0.,    # wanted mean, where there is a bias; None: leave it, as the paper
-    std: float = 1.,            # wanted std
-    orthogonal: bool = True,    # draw orthogonal weights and zero the biases first
-    max_iter: int = 50,         # steps per layer; one is enough for a layer's own output
+    mean: float | None = 0.,  # wanted mean, where there is a bias; None: leave it, as the paper
+    std: float = 1.,          # wanted std
+    orthogonal: bool = True,  # draw orthogonal weights and zero the biases first
+    max_iter: int = 50,       # steps per layer; one is enough for a layer's own output
     generator: torch.Generator | None = None,  # source of those weights; None: the global one
 ) -> nn.Module:           # model
-    """Give each layer's output mean 0 and std 1 on a batch, from the first that runs to the last.
-    A layer that runs twice, or layers with one weight, count as one, their outputs pooled. Measured
-    in evaluation mode; modes, buffers, gradients and hooks are left as they were.
-    Raises: ValueError naming the layer that is dead, puts out NaN, does not run or does not settle,
-    and then the weights are what they were; TypeError on a model without hooks.
+    """Give each layer's output mean 0 and std 1 on a batch, in the order in which layers run.
+    A layer that runs twice, or layers with one weight, count as one, their outputs pooled.
+    Measured in evaluation mode; modes, buffers, gradients and hooks are left as they were.
+    Raises: ValueError naming the layer that is dead, puts out NaN, does not run or settle, and
+    then all weights are what they were; TypeError on a model without hooks.
     Paper: Mishkin & Matas 2015, algorithm 1.
     """
-    _check_options(tol, std, max_iter)
-    units = _units(model, layers)
+    goal, units = _Goal(mean, std, tol, max_iter), _units(model, layers)
     with _measuring(model, xb, units) as run: running = list(run(units))
     idle = [unit.name for unit in units if unit not in running]
     if idle and (layers is not None or not running):
@@ -265,7 +289,6 @@ def lsuv_(
     with _all_or_nothing(running):
         for unit in running if orthogonal else ():
             orthogonal_(unit.weight, generator=generator)
-            for bias in unit.biases: nn.init.zeros_(bias)
-        with _measuring(model, xb, running) as run:
-            _settle(run, running, mean, std, tol, max_iter)
+            for bias in unit.biases: bias.zero_()
+        with _measuring(model, xb, running) as run: _settle(run, running, goal)
     return model

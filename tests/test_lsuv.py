@@ -483,7 +483,7 @@ def test_dead_layers():
     model = Model(lambda m, x: m.body(x), body=nn.Sequential(nn.Linear(6, 6), Do(lambda x: x*0), nn.Linear(6, 6)))
     refused(model, torch.randn(20, 6), r"'body\.2' is dead.*std 0")
     refused(chain(2), torch.zeros(20, 24), "'0' is dead")
-    zero = chain(2); nn.init.zeros_(zero[2].weight)
+    zero = chain(2); nn.init.zeros_(zero[2].weight); nn.init.zeros_(zero[2].bias)
     refused(zero, torch.randn(20, 24), "'2' is dead", orthogonal=False)
     refused(nn.Sequential(nn.Linear(6, 6), Do(lambda x: x*0 + 7.), nn.Linear(6, 1)), torch.randn(20, 6), "'2' is dead")
 
@@ -546,7 +546,7 @@ def test_a_layer_that_runs_only_at_first():
     def run(m, x):
         runs.append(1)
         return m.b(m.a(x)) if len(runs) == 1 else x
-    refused(Model(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), torch.randn(9, 4), "'a' ran at first")
+    refused(Model(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), torch.randn(9, 4), "'a' ran at first, now")
 
 
 def test_layers_of_the_wrong_kind():
@@ -569,7 +569,7 @@ def test_weights_that_are_computed_or_not_there_yet():
 
 @pytest.mark.parametrize("kwargs, match", [(dict(tol=0.), "tol is 0"), (dict(tol=-1.), "tol is -1"), (dict(tol=math.nan), "tol is nan"),
                                            (dict(std=0.), "std is 0"), (dict(std=-1.), "std is -1"), (dict(std=math.inf), "std is inf"),
-                                           (dict(max_iter=0), "max_iter is 0")])
+                                           (dict(max_iter=0), "max_iter is 0"), (dict(mean=math.nan), "mean is nan"), (dict(mean=math.inf), "mean is inf")])
 def test_options_refused(kwargs, match): refused(chain(), torch.randn(9, 24), match, **kwargs)
 
 
@@ -592,7 +592,7 @@ def test_ctrl_c_in_any_run(at):
         runs.append(1)
         if len(runs) == at: raise KeyboardInterrupt
         return x
-    refused(nn.Sequential(*chain(4), Do(stop)), torch.randn(30, 24), "", kind=KeyboardInterrupt)
+    refused(nn.Sequential(*chain(4), Do(stop)), torch.randn(30, 24), None, kind=KeyboardInterrupt)
     assert len(runs) == at
 
 

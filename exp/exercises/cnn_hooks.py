@@ -14,7 +14,7 @@ from ..learner import Callback, DataLoaders, Learner
 from ..setup import attempt
 from ..testing import test_like
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #551f891b
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #eb6012e7
 def _agree(got, want, what: str, hint: str, atol: float = 1e-6):
     "Equal, or an AssertionError that says what to look at."
     try: test_like(got, want, rtol=1e-5, atol=atol)
@@ -30,7 +30,8 @@ def check_max_pool2d(
         args = (x, size) if stride is None else (x, size, stride)
         what = f"size {size}, stride {stride}"
         _agree(attempt(func, *args), F.max_pool2d(x, size, stride), what,
-               "which axes of `windows(x, size, stride)` hold a window? And is the default stride the size?")
+               "which axes of `windows(x, size, stride)` hold a window? "
+               "And is the default stride the size?")
     _agree(attempt(func, -x.abs(), 2), F.max_pool2d(-x.abs(), 2), "negative images",
            "the maximum of negative numbers is negative: was a zero mixed in?")
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
@@ -39,7 +40,7 @@ def check_max_pool2d(
     assert ours.grad is not None, "no gradient came back to x: was it detached on the way?"
     _agree(ours.grad, theirs.grad, "gradients", "each window sends its gradient to its largest pixel")
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #d06eb51f
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #d1161dca
 def check_conv_transpose2d(
     func,  # your conv_transpose2d(x, weight, stride=1, padding=0) -> (bs, nf, oh, ow)
 ) -> None:
@@ -53,7 +54,8 @@ def check_conv_transpose2d(
                                                   ((3, 3), (4, 4), 2, 1), ((5, 4), (2, 3), 3, 1)):
         x = torch.randn(2, 3, h, width, generator=g, dtype=torch.float64)
         w = torch.randn(3, 4, kh, kw, generator=g, dtype=torch.float64)
-        got, what = attempt(func, x, w, stride, padding), f"{h}×{width}, kernel {kh}×{kw}, stride {stride}, padding {padding}"
+        what = f"{h}×{width}, kernel {kh}×{kw}, stride {stride}, padding {padding}"
+        got = attempt(func, x, w, stride, padding)
         want = F.conv_transpose2d(x, w, stride=stride, padding=padding)
         assert tuple(got.shape) == tuple(want.shape), \
             f"{what}: the result is {tuple(got.shape)}, not {tuple(want.shape)}: (h-1)·s + k - 2p rows"
@@ -61,17 +63,17 @@ def check_conv_transpose2d(
         image = torch.randn(want.shape, generator=g, dtype=torch.float64)
         one = (F.conv2d(image, w, stride=stride, padding=padding)*x).sum()
         other = (image*got).sum()
-        _agree(other, one, what, "⟨conv(image), x⟩ must equal ⟨image, yours(x)⟩: that is what transposed means", 1e-8)
+        _agree(other, one, what, "⟨conv(image), x⟩ must equal ⟨image, yours(x)⟩: transposed means just that", 1e-8)
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #b49786fa
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #9be1f292
 def _measured_field(model: nn.Module) -> int:
     "Width of the region that one output depends on, by its gradient."
     x = torch.rand(1, 1, 151, 151, dtype=torch.float64, requires_grad=True)
     out = x
     for m in (m for m in model.modules() if not any(m.children())):
         if isinstance(m, nn.Conv2d):
-            out = F.conv2d(out, torch.ones(1, 1, *m.kernel_size, dtype=torch.float64)/m.kernel_size[0]**2,
-                           None, m.stride, m.padding, m.dilation)
+            weight = torch.ones(1, 1, *m.kernel_size, dtype=torch.float64)/m.kernel_size[0]**2
+            out = F.conv2d(out, weight, None, m.stride, m.padding, m.dilation)
         elif isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)):
             out = F.avg_pool2d(out, m.kernel_size, m.stride, m.padding)
     middle = out.shape[-1]//2
@@ -91,16 +93,19 @@ def check_receptive_field(
         "dilated": (seq(c(1, 1, 3, dilation=2), nn.ReLU(), c(1, 1, 3, 2, dilation=3)), 2),
         "with a max pool": (seq(c(1, 4, 3), nn.MaxPool2d(2), c(4, 4, 3)), 2),
         "with an average pool of stride 1": (seq(nn.AvgPool2d(3, 1), c(1, 1, 5, 3)), 3),
-        "nested blocks": (seq(conv(1, 4, 5), seq(conv(4, 4, norm=nn.BatchNorm2d), conv(4, 4, stride=1))), 4),
+        "nested blocks": (seq(conv(1, 4, 5), seq(conv(4, 4, norm=nn.BatchNorm2d),
+                                                 conv(4, 4, stride=1))), 4),
         "nothing but a ReLU": (seq(nn.ReLU()), 1)}
     for name, (model, step) in models.items():
         got, r = attempt(func, model), _measured_field(model)
         assert isinstance(got, tuple) and len(got) == 2, f"{name}: return a pair (r, j), not {got!r}"
         assert got[0] == r, (f"{name}: the gradient reaches {r} pixels, you say {got[0]}: do you use "
-                             "the step of the layer *below*, and the dilation, and look into nested blocks?")
-        assert got[1] == step, f"{name}: neighbouring outputs lie {step} pixels apart, you say {got[1]}"
+                             "the step of the layer *below*, and the dilation, and look into "
+                             "nested blocks?")
+        assert got[1] == step, \
+            f"{name}: neighbouring outputs lie {step} pixels apart, you say {got[1]}"
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #c7b86412
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #d614e087
 class _Failing(Callback):
     "Breaks a training at its second batch."
     def after_loss(self, learn):
@@ -133,31 +138,38 @@ def check_GradientFlow(
     model[-1], twin[-1] = (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) for _ in range(2))
     dls = DataLoaders(batches, batches[:1])
     try: Learner(model, dls, F.cross_entropy, lr=.1, cbs=[flow]).fit(1)
-    except NotImplementedError: raise AssertionError("GradientFlow is still a stub: write its methods") from None
-    except Exception as error: raise AssertionError(f"training with GradientFlow raised: {error}") from error
+    except Exception as error:
+        stub = isinstance(error.__cause__, NotImplementedError)
+        what = "is still a stub: write its methods" if stub else f"made training fail: {error}"
+        raise AssertionError(f"GradientFlow {what}") from error
     rms = getattr(flow, "rms", None)
-    assert isinstance(rms, torch.Tensor), f"flow.rms should be a tensor after training, it is {rms!r:.40}"
+    assert isinstance(rms, torch.Tensor), \
+        f"flow.rms should be a tensor after training, it is {rms!r:.40}"
     want = _true_flow(twin, batches, .1)
     assert tuple(rms.shape) == tuple(want.shape), \
-        f"flow.rms is {tuple(rms.shape)}, not (n_children, n_steps) = {tuple(want.shape)}: one column per training batch"
+        f"flow.rms is {tuple(rms.shape)}, not {tuple(want.shape)}: a row a child, a column a training batch"
     names = list(getattr(flow, "names", []))
-    assert names == ["0", "1", "2", "3"], f"flow.names is {names}: give the children's names, in order"
+    assert names == ["0", "1", "2", "3"], \
+        f"flow.names is {names}: give the children's names, in order"
     upside_down = torch.allclose(rms, want.flip(0), rtol=1e-3)
     assert not upside_down, "the rows are upside down: backwards, the last child hears first"
     _agree(rms, want, "flow.rms", "√mean(gradient²) at the *output* of each child")
 
-    def left(model): return sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
+    def left(model):
+        return sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
     assert not left(model), f"{left(model)} hooks are still on the model: remove them in after_fit"
     try: Learner(twin, dls, F.cross_entropy, cbs=[attempt(cls), _Failing()]).fit(1)
     except RuntimeError: pass
-    assert not left(twin), "after a training that failed, hooks were left: after_fit is heard then, too"
+    assert not left(twin), \
+        "after a training that failed, hooks were left: after_fit is heard then, too"
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #a797e31c
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #6aaa5916
 def check_predictions(
     answer,  # dict with the keys size, params, flops, field, dead, silenced
 ) -> None:
     "Check exercise 5. Raises: AssertionError with advice."
-    truth = dict(size=8, params=32*4*9 + 32, flops=2*32*4*9*8*8, field=7 + 2*2 + 2*4, dead=4/16, silenced=8)
+    truth = dict(size=8, params=32*4*9 + 32, flops=2*32*4*9*8*8, field=7 + 2*2 + 2*4,
+                 dead=4/16, silenced=8)
     hints = dict(size="three halvings: ⌊(h + 2p - k)/s⌋ + 1, thrice",
                  params="a filter reaches through 16/groups channels; and each has a bias",
                  flops="2 × weights (without biases) × positions",
@@ -166,10 +178,11 @@ def check_predictions(
                  silenced="with 4 groups, which filters see nothing but the four dead channels?")
     assert isinstance(answer, dict), f"answer with a dict of the keys {list(truth)}, got {answer!r}"
     for key, value in truth.items():
-        assert isinstance(answer.get(key), (int, float)), f"{key!r} needs a number, got {answer.get(key)!r}"
+        assert isinstance(answer.get(key), (int, float)), \
+            f"{key!r} needs a number, got {answer.get(key)!r}"
         assert abs(answer[key] - value) < 1e-6, f"{key!r} is not {answer[key]:g}: {hints[key]}"
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #24fdb71f
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #3745ac7e
 def check_product_share(
     func,  # your product_share(weight) -> float
 ) -> None:
@@ -177,9 +190,12 @@ def check_product_share(
     u, v = torch.randn(6, 4, 3, 1), torch.randn(6, 4, 1, 5)
     share = attempt(func, u*v)
     assert isinstance(share, float), f"return a float, not {type(share).__name__}: `.item()` makes one"
-    assert abs(share - 1) < 1e-4, f"u·v is a product in every filter, so its share is 1, not {share:.3f}"
+    assert abs(share - 1) < 1e-4, \
+        f"u·v is a product in every filter, so its share is 1, not {share:.3f}"
     share = attempt(func, torch.eye(3).expand(6, 4, 3, 3))
-    assert abs(share - 1/3) < 1e-4, f"an identity has three equal singular values: 1/3, not {share:.3f}. Did you square?"
+    assert abs(share - 1/3) < 1e-4, \
+        f"an identity has three equal singular values: 1/3, not {share:.3f}. Did you square?"
     mixed = torch.stack([torch.eye(2)*100, torch.ones(2, 2)])[:, None]
     share = attempt(func, mixed)
-    assert abs(share - .75) < 1e-4, f"the mean of 1/2 and 1 is 0.75, not {share:.3f}: one share per filter, then the mean"
+    assert abs(share - .75) < 1e-4, \
+        f"the mean of 1/2 and 1 is 0.75, not {share:.3f}: one share per filter, then the mean"

@@ -152,7 +152,7 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return conv2d(x, self.weight, self.bias, *self.options)
 
-# %% ../nbs/05b_cnn_hooks.ipynb #2ed95e6c
+# %% ../nbs/05b_cnn_hooks.ipynb #9908925e
 def conv(
     ni: int,                       # channels in
     nf: int,                       # channels out
@@ -190,9 +190,9 @@ def init_cnn(
 ) -> nn.Module:        # the model
     "Start every weight by Kaiming's rule and every bias at zero."
     for m in model.modules():
-        if not isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)): continue
+        if not isinstance(m, (nn.Conv2d, Conv2d, nn.Linear)): continue
         init(m.weight, a=leak)
-        if m.bias is not None: nn.init.zeros_(m.bias)
+        if m.bias is not None: m.bias.data.zero_()
     return model
 
 # %% ../nbs/05b_cnn_hooks.ipynb #e01358f0
@@ -425,7 +425,7 @@ def summary(
     return Summary(rows, sum(p.numel() for p in params),
                    sum(p.numel() for p in params if p.requires_grad))
 
-# %% ../nbs/05b_cnn_hooks.ipynb #f4eac709
+# %% ../nbs/05b_cnn_hooks.ipynb #c3863eb3
 def _thin(x: Tensor, sample: int) -> Tensor:
     "About `sample` values at most, evenly spread; a step prime to the size visits all positions."
     step = max(1, -(-x.numel()//sample))
@@ -449,7 +449,7 @@ class ActivationStats(Callback):
         unit_dim: int = 1,      # the dimension of the output that numbers the units, ≥ 1
     ):
         if min(every, bins, sample, unit_dim) < 1:
-            raise ValueError(f"every is {every}, bins {bins}, sample {sample}, unit_dim {unit_dim}: "
+            raise ValueError(f"every {every}, bins {bins}, sample {sample}, unit_dim {unit_dim}: "
                              "give numbers ≥ 1")
         if not limits[0] < limits[1]: raise ValueError(f"limits is {limits}: give (low, high)")
         self.layers, self.every, self.bins, self.limits = layers, every, bins, limits
@@ -495,13 +495,16 @@ class ActivationStats(Callback):
 
     def after_batch(self, learn):
         if self._now:
-            device = next(iter(self._now.values()))[1].device
-            gap = [torch.tensor(math.nan, device=device)]*3, torch.zeros(self.bins, device=device)
-            rows = [self._now.get(name, gap) for name in self.names]     # gap: layer did not run
+            rows = [self._now.get(name) or self._gap() for name in self.names]
             numbers = torch.stack([number for numbers, _ in rows for number in numbers])
             self._new.append(torch.cat([numbers.view(-1, 3), torch.stack([h for _, h in rows])], 1))
             self._steps.append(self._step - 1)
         self._now, self._on = {}, False
+
+    def _gap(self) -> tuple:
+        "What stands for a layer that did not run."
+        hist = torch.zeros_like(next(iter(self._now.values()))[1])
+        return [hist.new_tensor(math.nan)]*3, hist
 
     def _settle(self):
         "Bring the new numbers over from the device, all at once."

@@ -425,7 +425,7 @@ def summary(
     return Summary(rows, sum(p.numel() for p in params),
                    sum(p.numel() for p in params if p.requires_grad))
 
-# %% ../nbs/05b_cnn_hooks.ipynb #c3863eb3
+# %% ../nbs/05b_cnn_hooks.ipynb #73b00bfa
 def _thin(x: Tensor, sample: int) -> Tensor:
     "About `sample` values at most, evenly spread; a step prime to the size visits all positions."
     step = max(1, -(-x.numel()//sample))
@@ -479,7 +479,7 @@ class ActivationStats(Callback):
         if not self._on: return
         x = _tensor_in(out).detach().float()
         mean = x.mean()
-        std = (x - mean).norm()/x.numel()**.5
+        std = (x - mean).square_().mean().sqrt()
         self._now[hook.name] = (mean, std, self._dead(x)), self._hist(x)
 
     def _dead(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ __all__ = ['EVENTS', 'Callback', 'Cancel', 'CancelBatch', 'CancelEpoch', 'Cancel
            'GradientAccumulation', 'to_device', 'DeviceCB', 'CSVLogger', 'EarlyStopping', 'write_checkpoint',
            'read_checkpoint', 'SaveCheckpoint']
 
-# %% ../nbs/05_callbacks.ipynb #dc531ba5
+# %% ../nbs/05_callbacks.ipynb #d893b321
 import csv
 import math
 import os
@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plots import plot_lines, subplots
+from .plots import PALETTE, plot_lines, subplots
 from .setup import default_device
-from .training import SGD
+from .training import SGD, weighted_mean
 
 # %% ../nbs/05_callbacks.ipynb #9d9a09b7
 class Callback:
@@ -333,7 +333,7 @@ class Learner(Loop):
 
 def _as_list(cbs) -> list: return list(cbs) if isinstance(cbs, (list, tuple)) else [cbs]
 
-# %% ../nbs/05_callbacks.ipynb #8e97ccfc
+# %% ../nbs/05_callbacks.ipynb #a83e6ea6
 class Metric:
     "A number computed over a whole pass: `reset`, `add` each batch, then `value`."
     name: str = "metric"
@@ -353,9 +353,7 @@ class MeanOf(Metric):
     def add(self, pred, yb):
         self.parts.append(torch.as_tensor(self.func(pred, yb)).detach())
         self.sizes.append(_size(yb))
-    def value(self):
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        return (torch.stack(self.parts).cpu().double()*sizes).sum().item()/sizes.sum().item()
+    def value(self): return weighted_mean(self.parts, self.sizes)
 
 # %% ../nbs/05_callbacks.ipynb #64ba9fb4
 class Averages(Callback):
@@ -398,7 +396,7 @@ class Averages(Callback):
         learn.values["seconds"] = time.perf_counter() - self.started
         learn.history.append(learn.values)
 
-# %% ../nbs/05_callbacks.ipynb #4cb1fe73
+# %% ../nbs/05_callbacks.ipynb #dece3837
 def _momentum(group: dict) -> float | None:
     "An optimizer group's momentum, or its first beta."
     return group["betas"][0] if "betas" in group else group.get("momentum")
@@ -447,7 +445,7 @@ class Recorder(Callback):
             curve.append(total/(1 - smooth**t))
         ax = plot_lines({"training": curve}, range(1, len(curve)+1), xlabel="batches seen",
                         ylabel="loss", title="Loss: batches (smoothed), epochs", ax=ax)
-        if self.valid: ax.plot(*zip(*self.valid), "o-", color="#D55E00", label="validation")
+        if self.valid: ax.plot(*zip(*self.valid), "o-", color=PALETTE[1], label="validation")
         ax.legend()
         return ax
 

@@ -47,7 +47,7 @@ def _pool(parts: list) -> _Stats:
     std = math.sqrt(var*n/(n - 1)) if var >= 0 else math.nan     # var may be NaN
     return _Stats(n, mean, std, share, len(parts))
 
-# %% ../nbs/07_lsuv.ipynb #f5b8b7d4
+# %% ../nbs/07_lsuv.ipynb #ed8c0427
 class _Spot:
     "A place to measure: what `measured` puts out when it runs next after `layer`."
     def __init__(self, layer: nn.Module, measured: nn.Module, tell: Callable):
@@ -59,7 +59,6 @@ class _Spot:
         self.due = False
 
     def hooks(self, name: str) -> tuple[Hook, Hook]:
-        self.due = False
         return Hook(self.layer, self.arm, name=name), Hook(self.measured, self.take, name=name)
 
 
@@ -127,7 +126,7 @@ def _units(model: nn.Module, layers) -> list[_Unit]:
                          f"modules that have a weight (by default {kinds})")
     return list(units.values())
 
-# %% ../nbs/07_lsuv.ipynb #67ea9a06
+# %% ../nbs/07_lsuv.ipynb #d7d8af7a
 @contextmanager
 def _measuring(model: nn.Module, xb, units: list[_Unit]) -> Iterator[Callable]:
     "A function that runs the model: some units -> their statistics, in the order of running."
@@ -139,6 +138,7 @@ def _measuring(model: nn.Module, xb, units: list[_Unit]) -> Iterator[Callable]:
 
     def run(some: list[_Unit]) -> dict[_Unit, _Stats]:
         log.clear(); wanted.clear(); wanted.update(some)
+        for _, spot in spots: spot.due = False
         model(xb)
         parts = {}
         for unit, moments in log: parts.setdefault(unit, []).append(moments)

@@ -109,7 +109,7 @@ class _ChannelNorm(_Norm):
         return (f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
                 f"affine={self.affine}, track_running_stats={self.track_running_stats}")
 
-# %% ../nbs/06_batchnorm.ipynb #0db063e3
+# %% ../nbs/06_batchnorm.ipynb #36559525
 class BatchNorm(_ChannelNorm):
     """Give each channel mean 0 and variance 1 over the batch, then scale γ and shift β.
     Evaluation uses running averages. Raises: ValueError on other channels, or if a training
@@ -139,7 +139,7 @@ class BatchNorm(_ChannelNorm):
     def _check_size(self, x):
         if x.numel() <= x.shape[1]:
             raise ValueError("Expected more than 1 value per channel when training, "
-                             f"got {tuple(x.shape)}: use larger batches (drop a last of one), "
+                             f"got {tuple(x.shape)}: use larger batches (mind the last one), "
                              "eval(), or a norm that needs no batch, such as GroupNorm")
 
 # %% ../nbs/06_batchnorm.ipynb #4c4153e4

@@ -25,15 +25,14 @@ def _to_hwc(
     x = x.float()/255 if x.dtype == torch.uint8 else x.float()
     return x.clamp(0, 1)
 
-# %% ../nbs/00b_plots.ipynb #13b212cc
+# %% ../nbs/00b_plots.ipynb #db9e5f7b
 # Okabe & Ito's eight colours: told apart by readers with every common form of colour blindness.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 
 _STYLE = {
-    "figure.dpi": 90, "font.size": 10, "axes.titlesize": 11,
+    "figure.dpi": 90, "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#e6e6e6", "legend.frameon": False, "lines.linewidth": 1.8,
-    "image.cmap": "gray", "figure.constrained_layout.use": True,
+    "grid.color": "#e6e6e6", "figure.constrained_layout.use": True,
 }
 
 # %% ../nbs/00b_plots.ipynb #bdbdeae5

@@ -50,11 +50,12 @@ def at_scale(
     "Choose a value by scale, e.g. `epochs = at_scale(tiny=1, cpu=5, gpu=20)`."
     return dict(tiny=tiny, cpu=cpu, gpu=gpu)[scale()]
 
-# %% ../nbs/00_setup.ipynb #53b2a12d
+# %% ../nbs/00_setup.ipynb #16b5a3aa
 def versions() -> str:  # e.g. 'Python 3.11.7 · torch 2.13.0 · … · cpu, 2 threads · scale cpu'
     "One line that says on what a result was measured."
     device = default_device()
-    where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    n = torch.get_num_threads()
+    where = f"cpu, {n} thread{'s'*(n != 1)}" if device.type == "cpu" else device.type
     if device.type == "cuda": where = torch.cuda.get_device_name()
     python = f"Python {platform.python_version()}"
     packages = f"torch {torch.__version__} · numpy {np.__version__}"

@@ -18,3 +18,9 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")
+
+
+def data(n=40, seed=0):
+    "n points of six features, and on which side of zero the first one lies."
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
+    return x, (x[:, 0] > 0).long()

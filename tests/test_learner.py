@@ -11,17 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import data
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from exp import learner as L
 from exp.training import SGD, DataLoader, Linear, ReLU, Sequential, TensorDataset, accuracy, cross_entropy
-
-
-def data(n=40, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 6, generator=g)
-    return x, (x[:, 0] > 0).long()
 
 
 def model(seed=0):

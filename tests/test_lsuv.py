@@ -596,4 +596,15 @@ def test_ctrl_c_in_any_run(at):
     assert len(runs) == at
 
 
+def test_a_layer_that_runs_last_does_not_mislead_the_next_run():
+    layer, act = nn.Linear(24, 24), nn.Tanh()
+    m = Model(lambda self, x: self.layer(self.act(self.layer(self.act(x)))), layer=layer, act=act)
+    x = torch.randn(200, 24)
+    lsuv_(m, x, [(m.layer, m.act)], std=.5, mean=None)
+    seen = []
+    act.register_forward_hook(lambda module, inp, out: seen.append(out.std(correction=0)))
+    m(x)
+    assert abs(seen[1] - .5) < 1e-3          # the activation that follows the layer
+
+
 def test_everything_public_is_tested(): assert set(lsuv.__all__) == {"lsuv_", "output_stats"}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import data
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as T
@@ -178,12 +179,6 @@ def test_bad_types_are_named(call, words):
 
 
 # --- in a training ---------------------------------------------------------------------------------------------------------
-
-def data(n=40, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 6, generator=g)
-    return x, (x[:, 0] > 0).long()
-
 
 def model(seed=0):
     torch.manual_seed(seed)

@@ -94,9 +94,9 @@ def papers(nb) -> str:
 
 
 def records(stem: str, gpu: bool) -> list[dict]:
-    "A lesson's records from one kind of machine, those marked as headline first."
+    "A lesson's records from one kind of machine, headline first, then the best; exercises last."
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"results").glob(f"{stem}-*.json"))]
-    return sorted((r for r in found if (r["scale"] == "gpu") == gpu), key=lambda r: not r.get("headline"))
+    return sorted((r for r in found if (r["scale"] == "gpu") == gpu), key=lambda r: (not r.get("headline"), r["what"].startswith("exercise"), -r["mean"]))
 
 
 def result(stem: str, gpu: bool) -> str:

@@ -36,7 +36,7 @@ class _Count(Callback):
         else: self.validated += 1
     def after_step(self, learn): self.steps += 1
 
-# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #b797a7c5
+# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #4f8c433d
 def check_skip_first(
     cls,  # your class SkipFirst(n)
 ) -> None:
@@ -45,17 +45,23 @@ def check_skip_first(
         count = _Count()
         learn = _learner([attempt(cls, n), count])
         attempt(lambda: (learn.fit(2), True))
-        assert count.validated == 4, f"2 epochs have 4 validation batches, {count.validated} were run: look at learn.training"
-        assert count.trained == expected, (f"SkipFirst({n}) on 2 epochs of 3 batches should run the model on {expected} training batches, not on "
-                                           f"{count.trained}: raise CancelBatch before the model runs, and count with learn.batch")
-        assert count.steps == expected, f"the optimizer made {count.steps} steps instead of {expected}"
+        assert count.validated == 4, (f"2 epochs have 4 validation batches, {count.validated} "
+                                      "were run: look at learn.training")
+        assert count.trained == expected, (
+            f"SkipFirst({n}) on 2 epochs of 3 batches should run the model on {expected} training "
+            f"batches, not on {count.trained}: raise CancelBatch before the model runs, and count "
+            "with learn.batch")
+        assert count.steps == expected, \
+            f"the optimizer made {count.steps} steps instead of {expected}"
 
-# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #6c0a47a2
+# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #0853d299
 class _Peek(Callback):
     "Notes the weights in validation and after it, and may cancel."
     order = 99
-    def __init__(self, cancel=False): self.cancel, self.inside, self.after, self.steps = cancel, [], [], []
-    def _weights(self, learn): return torch.cat([p.detach().clone().flatten() for p in learn.model.parameters()])
+    def __init__(self, cancel=False):
+        self.cancel, self.inside, self.after, self.steps = cancel, [], [], []
+    def _weights(self, learn):
+        return torch.cat([p.detach().clone().flatten() for p in learn.model.parameters()])
     def before_fit(self, learn): self.start = self._weights(learn)
     def after_step(self, learn): self.steps.append(self._weights(learn))
     def before_batch(self, learn):
@@ -64,7 +70,7 @@ class _Peek(Callback):
         if self.cancel: raise CancelEpoch
     def after_epoch(self, learn): self.after.append(self._weights(learn))
 
-# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #da6e4d34
+# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #77f3946e
 def check_average_weights(
     cls,  # your class AverageWeights(decay)
 ) -> None:
@@ -75,12 +81,17 @@ def check_average_weights(
         attempt(lambda: (learn.fit(1, lr=.5), True))
         average = peek.start
         for w in peek.steps: average = .8*average + .2*w
-        assert not torch.equal(peek.inside[0], peek.steps[-1]), "validation saw the plain weights: swap the averages in at before_validate"
-        torch.testing.assert_close(peek.inside[0], average, rtol=1e-4, atol=1e-6, msg="validation saw other weights than the running average: "
-                                   "start it from the weights before the first step, and update it after each step")
-        assert torch.equal(peek.after[0], peek.steps[-1]), "after validation the model has not its own weights back: use after_validate, and clone what you keep"
+        assert not torch.equal(peek.inside[0], peek.steps[-1]), \
+            "validation saw the plain weights: swap the averages in at before_validate"
+        torch.testing.assert_close(
+            peek.inside[0], average, rtol=1e-4, atol=1e-6,
+            msg="validation saw other weights than the running average: start it from the weights "
+                "before the first step, and update it after each step")
+        assert torch.equal(peek.after[0], peek.steps[-1]), \
+            "after validation the model has not its own weights back: use after_validate, and " \
+            "clone what you keep"
 
-# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #e698721b
+# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #a19b762a
 def check_f1(
     cls,  # your class F1(c)
 ) -> None:
@@ -90,16 +101,21 @@ def check_f1(
     assert metric.name == "f1", f"name is {metric.name!r}: set it to 'f1'"
     metric.reset()
     pred, y = torch.tensor([1, 1, 0, 1, 0, 0, 1]), torch.tensor([1, 0, 1, 1, 0, 1, 1])
-    for part in (slice(0, 2), slice(2, 7)): metric.add(nn.functional.one_hot(pred[part], 3).float(), y[part])
+    for part in (slice(0, 2), slice(2, 7)):
+        metric.add(nn.functional.one_hot(pred[part], 3).float(), y[part])
     got = attempt(metric.value)
-    assert abs(got - 2*3/(2*3 + 1 + 2)) < 1e-6, f"3 true positives, 1 false positive, 2 false negatives make 6/9; got {got}. Do you count over all batches?"
+    assert abs(got - 2*3/(2*3 + 1 + 2)) < 1e-6, \
+        f"3 true positives, 1 false positive, 2 false negatives make 6/9; got {got}. " \
+        "Do you count over all batches?"
     metric.reset()
     metric.add(torch.eye(3), torch.tensor([0, 0, 2]))
     metric.reset()
     metric.add(torch.tensor([[1., 0, 0]]), torch.tensor([0]))
-    assert attempt(metric.value) == 0, "without any positive, predicted or true, the score is 0; and does reset forget the batches before it?"
+    assert attempt(metric.value) == 0, \
+        "without any positive, predicted or true, the score is 0; and does reset forget the " \
+        "batches before it?"
 
-# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #76c14239
+# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #1b7dba2b
 class _Cut(Callback):
     "Cancels the epoch where validation begins; notes what comes after."
     order = -99
@@ -113,30 +129,40 @@ def _note(name):
     return method
 
 
-for _name in ("after_train", "before_batch", "after_pred", "after_loss", "after_batch", "after_validate", "after_epoch", "after_fit"):
+for _name in ("after_train", "before_batch", "after_pred", "after_loss", "after_batch",
+              "after_validate", "after_epoch", "after_fit"):
     setattr(_Cut, _name, _note(_name))
 
-# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #3bebe6ac
+# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #a07673bd
 def check_still_heard(
     answer: list,  # names of events, in order
 ) -> None:
     "Check exercise 4 by cancelling. Raises: AssertionError with advice."
-    assert isinstance(answer, (list, tuple)), f"answer with a list of event names in order, got {answer!r}"
+    assert isinstance(answer, (list, tuple)), \
+        f"answer with a list of event names in order, got {answer!r}"
     cut = _Cut()
     learn = _learner([cut])
     learn.dls = DataLoaders(_task(16), _task(16))
     learn.fit(1)
-    assert "after_validate" in answer, "the promise: after_X is heard even when X was cancelled, and validation had begun"
-    assert list(answer) == cut.heard, f"{len(cut.heard)} events are heard, from the innermost phase that had begun to the outermost; yours are {len(answer)}"
+    assert "after_validate" in answer, \
+        "the promise: after_X is heard even when X was cancelled, and validation had begun"
+    assert list(answer) == cut.heard, \
+        f"{len(cut.heard)} events are heard, from the innermost phase that had begun to the " \
+        f"outermost; yours are {len(answer)}"
 
-# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #c378f6cf
+# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #3e23ba66
 def check_who_writes(
     answer: set,  # class names
 ) -> None:
     "Check exercise 5. Raises: AssertionError with advice."
-    assert isinstance(answer, (set, list, tuple)) and answer, f"answer with a set of class names, got {answer!r}"
-    advice = {"GradientClip": "gradients belong to the learner's model, and it changes them", "GradientAccumulation": "it writes loss_for_grad and will_step",
+    assert isinstance(answer, (set, list, tuple)) and answer, \
+        f"answer with a set of class names, got {answer!r}"
+    advice = {"GradientClip": "gradients belong to the learner's model, and it changes them",
+              "GradientAccumulation": "it writes loss_for_grad and will_step",
               "DeviceCB": "it replaces the batch"}
-    for name, why in advice.items(): assert name in set(answer), f"one is missing; look for the callback of which this is true: {why}"
+    for name, why in advice.items():
+        assert name in set(answer), \
+            f"one is missing; look for the callback of which this is true: {why}"
     extra = sorted(set(answer) - set(advice))
-    assert not extra, f"{', '.join(extra)} only reads, remembers, or raises: look at its methods again"
+    assert not extra, \
+        f"{', '.join(extra)} only reads, remembers, or raises: look at its methods again"

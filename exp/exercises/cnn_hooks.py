@@ -14,7 +14,7 @@ from ..learner import Callback, DataLoaders, Learner
 from ..setup import attempt
 from ..testing import test_like
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #eb6012e7
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #e1dc3ab8
 def _agree(got, want, what: str, hint: str, atol: float = 1e-6):
     "Equal, or an AssertionError that says what to look at."
     try: test_like(got, want, rtol=1e-5, atol=atol)
@@ -38,9 +38,10 @@ def check_max_pool2d(
     attempt(func, ours, 3, 2).sin().sum().backward()
     F.max_pool2d(theirs, 3, 2).sin().sum().backward()
     assert ours.grad is not None, "no gradient came back to x: was it detached on the way?"
-    _agree(ours.grad, theirs.grad, "gradients", "each window sends its gradient to its largest pixel")
+    _agree(ours.grad, theirs.grad, "gradients",
+           "each window sends its gradient to its largest pixel")
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #d1161dca
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #7276c1e9
 def check_conv_transpose2d(
     func,  # your conv_transpose2d(x, weight, stride=1, padding=0) -> (bs, nf, oh, ow)
 ) -> None:
@@ -58,14 +59,16 @@ def check_conv_transpose2d(
         got = attempt(func, x, w, stride, padding)
         want = F.conv_transpose2d(x, w, stride=stride, padding=padding)
         assert tuple(got.shape) == tuple(want.shape), \
-            f"{what}: the result is {tuple(got.shape)}, not {tuple(want.shape)}: (h-1)·s + k - 2p rows"
+            (f"{what}: the result is {tuple(got.shape)}, not {tuple(want.shape)}: "
+             "(h-1)·s + k - 2p rows")
         _agree(got, want, what, "sum over channels in; paint at (i·stride + a, j·stride + b)", 1e-9)
         image = torch.randn(want.shape, generator=g, dtype=torch.float64)
         one = (F.conv2d(image, w, stride=stride, padding=padding)*x).sum()
         other = (image*got).sum()
-        _agree(other, one, what, "⟨conv(image), x⟩ must equal ⟨image, yours(x)⟩: transposed means just that", 1e-8)
+        _agree(other, one, what, "⟨conv(image), x⟩ must equal ⟨image, yours(x)⟩: "
+                                 "transposed means just that", 1e-8)
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #9be1f292
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #32fec292
 def _measured_field(model: nn.Module) -> int:
     "Width of the region that one output depends on, by its gradient."
     x = torch.rand(1, 1, 151, 151, dtype=torch.float64, requires_grad=True)
@@ -98,14 +101,15 @@ def check_receptive_field(
         "nothing but a ReLU": (seq(nn.ReLU()), 1)}
     for name, (model, step) in models.items():
         got, r = attempt(func, model), _measured_field(model)
-        assert isinstance(got, tuple) and len(got) == 2, f"{name}: return a pair (r, j), not {got!r}"
-        assert got[0] == r, (f"{name}: the gradient reaches {r} pixels, you say {got[0]}: do you use "
-                             "the step of the layer *below*, and the dilation, and look into "
-                             "nested blocks?")
+        assert isinstance(got, tuple) and len(got) == 2, (
+            f"{name}: return a pair (r, j), not {got!r}")
+        assert got[0] == r, (
+            f"{name}: the gradient reaches {r} pixels, you say {got[0]}: do you use "
+            "the step of the layer *below*, and the dilation, and look into nested blocks?")
         assert got[1] == step, \
             f"{name}: neighbouring outputs lie {step} pixels apart, you say {got[1]}"
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #d614e087
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #93e0c665
 class _Failing(Callback):
     "Breaks a training at its second batch."
     def after_loss(self, learn):
@@ -147,7 +151,8 @@ def check_GradientFlow(
         f"flow.rms should be a tensor after training, it is {rms!r:.40}"
     want = _true_flow(twin, batches, .1)
     assert tuple(rms.shape) == tuple(want.shape), \
-        f"flow.rms is {tuple(rms.shape)}, not {tuple(want.shape)}: a row a child, a column a training batch"
+        (f"flow.rms is {tuple(rms.shape)}, not {tuple(want.shape)}: "
+         "a row a child, a column a training batch")
     names = list(getattr(flow, "names", []))
     assert names == ["0", "1", "2", "3"], \
         f"flow.names is {names}: give the children's names, in order"
@@ -182,14 +187,15 @@ def check_predictions(
             f"{key!r} needs a number, got {answer.get(key)!r}"
         assert abs(answer[key] - value) < 1e-6, f"{key!r} is not {answer[key]:g}: {hints[key]}"
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #3745ac7e
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #f45efa0f
 def check_product_share(
     func,  # your product_share(weight) -> float
 ) -> None:
     "Check exercise 6. Raises: AssertionError with advice."
     u, v = torch.randn(6, 4, 3, 1), torch.randn(6, 4, 1, 5)
     share = attempt(func, u*v)
-    assert isinstance(share, float), f"return a float, not {type(share).__name__}: `.item()` makes one"
+    assert isinstance(share, float), (
+        f"return a float, not {type(share).__name__}: `.item()` makes one")
     assert abs(share - 1) < 1e-4, \
         f"u·v is a product in every filter, so its share is 1, not {share:.3f}"
     share = attempt(func, torch.eye(3).expand(6, 4, 3, 3))

@@ -13,16 +13,21 @@ from tempfile import TemporaryDirectory
 
 from ..setup import attempt
 
-# %% ../../nbs/exercises/00a_datasets_exercises.ipynb #b362c96a
-def _header(kind: int, *shape: int) -> bytes: return bytes([0, 0, kind, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+# %% ../../nbs/exercises/00a_datasets_exercises.ipynb #4c7a107a
+def _header(kind: int, *shape: int) -> bytes:
+    return bytes([0, 0, kind, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
 
 
 def _refuses(func: Callable, raw: bytes) -> bool:
     "Does the answer raise ValueError?"
     try: func(raw)
     except ValueError: return True
-    except NotImplementedError: raise AssertionError(f"{func.__name__} is still a stub: replace its `raise` by your code") from None
-    except Exception as e: raise AssertionError(f"on {raw!r} raise ValueError with a sentence, not {type(e).__name__}") from e
+    except NotImplementedError:
+        advice = f"{func.__name__} is still a stub: replace its `raise` by your code"
+        raise AssertionError(advice) from None
+    except Exception as e:
+        advice = f"on {raw!r} raise ValueError with a sentence, not {type(e).__name__}"
+        raise AssertionError(advice) from e
     return False
 
 
@@ -34,20 +39,26 @@ def check_read_idx_header(
         got = attempt(func, _header(kind, *shape) + b"\x07"*9)
         assert isinstance(got, tuple) and len(got) == 2, f"return a pair (kind, shape), got {got!r}"
         assert got[0] == kind, f"the kind is the third byte, {kind}; got {got[0]!r}"
-        assert got[1] != tuple(int.from_bytes(n.to_bytes(4, "big"), "little") for n in shape) or got[1] == shape, \
-            f"shape {got[1]} has its bytes in the wrong order: the largest digit comes first, '>' in struct"
-        assert got[1] == shape, f"expected the shape {shape}, got {got[1]!r}: the fourth byte says how many numbers follow"
-    assert _refuses(func, b"PK\x03\x04" + bytes(20)), "b'PK…' starts like a zip file: raise ValueError, do not read on"
-    assert _refuses(func, _header(8, 60_000, 28, 28)[:10]), "a header of 10 bytes that announces three dimensions is cut short: raise ValueError"
+        swapped = tuple(int.from_bytes(n.to_bytes(4, "big"), "little") for n in shape)
+        assert got[1] != swapped or got[1] == shape, (
+            f"shape {got[1]} has its bytes in the wrong order: "
+            "the largest digit comes first, '>' in struct")
+        assert got[1] == shape, (f"expected the shape {shape}, got {got[1]!r}: "
+                                 "the fourth byte says how many numbers follow")
+    assert _refuses(func, b"PK\x03\x04" + bytes(20)), (
+        "b'PK…' starts like a zip file: raise ValueError, do not read on")
+    assert _refuses(func, _header(8, 60_000, 28, 28)[:10]), (
+        "a header of 10 bytes that announces three dimensions is cut short: raise ValueError")
 
-# %% ../../nbs/exercises/00a_datasets_exercises.ipynb #ea73785d
+# %% ../../nbs/exercises/00a_datasets_exercises.ipynb #c28a799d
 class _Stream:
-    "A binary file of `n` bytes that gives at most 1,000 at a time and remembers the greediest read."
+    "A binary file of `n` bytes: gives at most 1,000 at a time, remembers the greediest read."
     def __init__(self, n: int): self.left, self.greediest, self.h = n, 0, hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
-        self.greediest = max(self.greediest, size if size is not None and size >= 0 else float("inf"))
-        n = min(self.left, 1000, size if size is not None and size >= 0 else self.left)
+        asked = size if size is not None and size >= 0 else float("inf")
+        self.greediest = max(self.greediest, asked)
+        n = min(self.left, 1000, asked)
         block = bytes(i % 251 for i in range(n))
         self.left -= n
         self.h.update(block)
@@ -61,14 +72,19 @@ def check_sha256_of(
     for n in (0, 1, 1000, 12_345):
         f = _Stream(n)
         got = attempt(func, f)
-        assert f.greediest <= 1 << 20, "a read of more than 1 MB (or of everything): ask for a piece at a time, f.read(1 << 20)"
-        assert f.left == 0, f"{f.left:,} of {n:,} bytes were never read: a short read is not the end, only b'' is"
+        assert f.greediest <= 1 << 20, ("a read of more than 1 MB (or of everything): "
+                                        "ask for a piece at a time, f.read(1 << 20)")
+        assert f.left == 0, (f"{f.left:,} of {n:,} bytes were never read: "
+                             "a short read is not the end, only b'' is")
         assert isinstance(got, str), f"return a string, h.hexdigest(); got {type(got).__name__}"
-        assert got == f.h.hexdigest(), f"wrong digest for {n:,} bytes: is each piece given to h.update exactly once?"
+        assert got == f.h.hexdigest(), (f"wrong digest for {n:,} bytes: "
+                                        "is each piece given to h.update exactly once?")
 
-# %% ../../nbs/exercises/00a_datasets_exercises.ipynb #d080c028
-_NAMES = {"train/1.txt": True, "a..b/c": True, ".../x": True, "./x": True, "..b": True, "../x": False, "a/../../x": False, "a/..": False,
-          "a/b/../c": False, "/etc/passwd": False, "..": False, "C:/x": False, "C:x": False, "..\\x": False, "a\\..\\..\\x": False, "\\x": False}
+# %% ../../nbs/exercises/00a_datasets_exercises.ipynb #ea9bcd40
+_NAMES = {"train/1.txt": True, "a..b/c": True, ".../x": True, "./x": True, "..b": True,
+          "../x": False, "a/../../x": False, "a/..": False, "a/b/../c": False,
+          "/etc/passwd": False, "..": False, "C:/x": False, "C:x": False,
+          "..\\x": False, "a\\..\\..\\x": False, "\\x": False}
 
 
 def check_is_safe(
@@ -78,14 +94,16 @@ def check_is_safe(
     for name, safe in _NAMES.items():
         got = attempt(func, name)
         assert isinstance(got, bool), f"return True or False, got {got!r} for {name!r}"
-        assert got or not safe, f"{name!r} is odd but harmless: '..' counts only as a whole part between separators"
+        assert got or not safe, (f"{name!r} is odd but harmless: "
+                                 "'..' counts only as a whole part between separators")
         assert safe or not got, f"{name!r} leads out (or may, on some system), yet you let it pass"
 
-# %% ../../nbs/exercises/00a_datasets_exercises.ipynb #00412b7e
+# %% ../../nbs/exercises/00a_datasets_exercises.ipynb #d71c436c
 _PROGRAMS = {"A": "make final, write final/one, write final/two",
              "B": "make beside, write beside/one, write beside/two, move beside final",
              "C": "make beside, write beside/one, move beside final, write final/two",
-             "D": "make beside, make final, write beside/one, write beside/two, move beside/one final/one, move beside/two final/two"}
+             "D": "make beside, make final, write beside/one, write beside/two, "
+                  "move beside/one final/one, move beside/two final/two"}
 
 
 def _accident(root: Path, steps: list[str]) -> bool:
@@ -110,6 +128,8 @@ def check_half_visible(
     answer: set,  # letters of the programs that can leave half a set visible
 ) -> None:
     "Check exercise 4 by stopping each program after each step. Raises: AssertionError with advice."
-    assert isinstance(answer, (set, list, tuple)) and answer, f"answer with a set of letters, e.g. {{'A', 'D'}}; got {answer!r}"
+    assert isinstance(answer, (set, list, tuple)) and answer, (
+        f"answer with a set of letters, e.g. {{'A', 'D'}}; got {answer!r}")
     wrong = sorted(k for k, program in _PROGRAMS.items() if _can_be_half(program) != (k in answer))
-    assert not wrong, f"look again at {', '.join(wrong)}: stop after each step in turn, and ask what stands under `final`"
+    assert not wrong, (f"look again at {', '.join(wrong)}: "
+                       "stop after each step in turn, and ask what stands under `final`")

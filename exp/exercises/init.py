@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..init import gaussian_mean, kaiming_normal_
 from ..setup import attempt
 
-# %% ../../nbs/exercises/03_init_exercises.ipynb #d8cfce20
+# %% ../../nbs/exercises/03_init_exercises.ipynb #9649db26
 def check_truncated_normal_(
     func,  # your truncated_normal_(w, std=1., cut=2., generator=None) -> w
 ) -> None:
@@ -25,19 +25,22 @@ def check_truncated_normal_(
         inside = math.erf(cut/math.sqrt(2))
         width = std / math.sqrt(1 - 2*cut*math.exp(-cut*cut/2)/math.sqrt(2*math.pi)/inside)
         assert w.abs().max() > 0, "w is still all zeros: fill it in place, under torch.no_grad()"
-        assert w.abs().max() <= 1.0001*cut*width, \
-            f"std={std}, cut={cut}: {w.abs().max():.4f} lies beyond cut·s = {cut*width:.4f}: draw it again"
+        assert w.abs().max() <= 1.0001*cut*width, (
+            f"std={std}, cut={cut}: {w.abs().max():.4f} lies beyond cut·s = {cut*width:.4f}: "
+            "draw it again")
         at_edge = (w.abs() > .9999*cut*width).float().mean()
         assert at_edge < .002, f"{at_edge:.1%} of the values sit at the edge: redraw, don't clamp"
-        assert abs(w.std()/std - 1) < .02, \
-            f"std={std}, cut={cut}: the std came out as {w.std():.4f}: did you divide by √v(cut) first?"
+        assert abs(w.std()/std - 1) < .02, (
+            f"std={std}, cut={cut}: the std came out as {w.std():.4f}: "
+            "did you divide by √v(cut) first?")
         central, expected = (w.abs() < width/2).float().mean(), math.erf(.5/math.sqrt(2))/inside
-        assert abs(central - expected) < .01, \
-            f"{central:.1%} of the values lie within s/2 of 0, of a cut normal {expected:.1%}: is it one?"
+        assert abs(central - expected) < .01, (
+            f"{central:.1%} of the values lie within s/2 of 0, "
+            f"of a cut normal {expected:.1%}: is it one?")
     again = attempt(func, torch.zeros(500, 400), std, cut, torch.Generator().manual_seed(0))
     assert torch.equal(w, again), "the same seed gave other numbers: pass `generator` to every draw"
 
-# %% ../../nbs/exercises/03_init_exercises.ipynb #089ec0d8
+# %% ../../nbs/exercises/03_init_exercises.ipynb #369d432d
 def check_exact_gain(
     func,  # your exact_gain(act) -> float
 ) -> None:
@@ -46,17 +49,20 @@ def check_exact_gain(
     assert isinstance(g, float), f"expected a float, got {type(g).__name__}"
     assert abs(g - math.sqrt(2)) < 1e-4, f"ReLU's gain is √2: for it E[relu(g·z)²] = 1; got {g:.4f}"
     hint = "1/√E[act(z)²] is right only where act(g·z) = g·act(z), so solve for g instead"
-    for name, act in (("gelu", F.gelu), ("silu", F.silu), ("selu", F.selu), ("softplus", F.softplus)):
+    for name in ("gelu", "silu", "selu", "softplus"):
+        act = getattr(F, name)
         g = attempt(func, act)
         kept = gaussian_mean(lambda z, act=act: act(z)**2, std=g)
-        assert abs(kept - 1) < 1e-4, f"{name}: your gain {g:.4f} gives E[act(g·z)²] = {kept:.4f}: {hint}"
+        assert abs(kept - 1) < 1e-4, (
+            f"{name}: your gain {g:.4f} gives E[act(g·z)²] = {kept:.4f}: {hint}")
     for name, act in (("tanh", torch.tanh), ("sigmoid", torch.sigmoid)):
         try: g = func(act)
-        except ValueError as error: assert str(error), f"{name}: let the ValueError say why there is no gain"
+        except ValueError as error:
+            assert str(error), f"{name}: let the ValueError say why there is no gain"
         else: raise AssertionError(f"{name} stays below 1, so no gain can give E[act(g·z)²] = 1; "
                                    f"got {g} where a ValueError should say so")
 
-# %% ../../nbs/exercises/03_init_exercises.ipynb #de1ecffb
+# %% ../../nbs/exercises/03_init_exercises.ipynb #e79bc5cd
 def check_delta_orthogonal_(
     func,  # your delta_orthogonal_(w, gain=1., generator=None) -> w
 ) -> None:
@@ -70,18 +76,21 @@ def check_delta_orthogonal_(
             f"shape {shape}: only the kernel's centre, index size//2, may hold anything but 0"
         gram = centre.T @ centre / 4
         worst = (gram - torch.eye(shape[1])).abs().max()
-        assert worst < 1e-4, \
-            f"shape {shape}, gain 2: the centre needs orthogonal columns of length 2; off by {worst:.3f}"
+        assert worst < 1e-4, (
+            f"shape {shape}, gain 2: the centre needs orthogonal columns of length 2; "
+            f"off by {worst:.3f}")
     x, w = torch.randn(2, 5, 9, 9), attempt(func, torch.zeros(7, 5, 3, 3))
     ratio = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), w).norm() / x.norm()
-    assert abs(ratio - 1) < 1e-4, f"the convolution changed an image's length by a factor {ratio:.3f}"
+    assert abs(ratio - 1) < 1e-4, (
+        f"the convolution changed an image's length by a factor {ratio:.3f}")
     wrong = {(4, 8, 3, 3): "n_out < n_in", (8, 8, 2, 2): "an even kernel", (8, 8): "no kernel"}
     for shape, why in wrong.items():
         try: func(torch.zeros(shape))
-        except ValueError as error: assert str(error), f"shape {shape}: say in the error what is wrong"
+        except ValueError as error:
+            assert str(error), f"shape {shape}: say in the error what is wrong"
         else: raise AssertionError(f"shape {shape} has {why}: raise a ValueError")
 
-# %% ../../nbs/exercises/03_init_exercises.ipynb #4800b99b
+# %% ../../nbs/exercises/03_init_exercises.ipynb #585e3f86
 def check_predictions(
     answer,  # dict with the keys leak, absolute, forgotten, residual, kernel
 ) -> None:
@@ -98,10 +107,11 @@ def check_predictions(
                  kernel="the bound is 1/√fan_in, and a kernel counts in the fan")
     assert isinstance(answer, dict), f"answer with a dict of the keys {list(truth)}, got {answer!r}"
     for key, value in truth.items():
-        assert isinstance(answer.get(key), (int, float)), f"{key!r} needs a number: {answer.get(key)!r}"
+        assert isinstance(answer.get(key), (int, float)), (
+            f"{key!r} needs a number: {answer.get(key)!r}")
         assert abs(answer[key]/value - 1) < .03, f"{key!r} is not {answer[key]:g}: {hints[key]}"
 
-# %% ../../nbs/exercises/03_init_exercises.ipynb #ffa38c65
+# %% ../../nbs/exercises/03_init_exercises.ipynb #24d7f46b
 def check_log_rms_spread(
     func,  # your log_rms_spread(init, depth, width, draws=300) -> float
 ) -> None:
@@ -110,20 +120,26 @@ def check_log_rms_spread(
         torch.manual_seed(0)
         for depth, width in ((4, 64), (20, 80)):
             got = attempt(func, kaiming_normal_, depth, width, 300)
-            assert isinstance(got, float), f"expected a float, got {type(got).__name__}: `.item()` gives one"
-            case = f"depth {depth}, width {width}: {got:.3f}, theory {(expected := (5*depth/width)**.5/2):.3f}"
-            assert got > .8*expected, f"{case}: too little; new weights and one new input for every draw?"
-            assert got < 1.25*expected, f"{case}: too much; natural log, of the rms, input of rms exactly 1?"
+            assert isinstance(got, float), (
+                f"expected a float, got {type(got).__name__}: `.item()` gives one")
+            expected = (5*depth/width)**.5/2
+            case = f"depth {depth}, width {width}: {got:.3f}, theory {expected:.3f}"
+            assert got > .8*expected, (
+                f"{case}: too little; new weights and one new input for every draw?")
+            assert got < 1.25*expected, (
+                f"{case}: too much; natural log, of the rms, input of rms exactly 1?")
         half = attempt(func, lambda w: kaiming_normal_(w).mul_(.5), 4, 64, 300)
-    assert abs(half - .28) < .07, f"half the weights shift log rms but leave its std at 0.28; got {half:.3f}"
+    assert abs(half - .28) < .07, (
+        f"half the weights shift log rms but leave its std at 0.28; got {half:.3f}")
 
-# %% ../../nbs/exercises/03_init_exercises.ipynb #116dc958
+# %% ../../nbs/exercises/03_init_exercises.ipynb #2df92a1c
 def check_orthogonal_k(
     answer,  # the whole number nearest to k
 ) -> None:
     "Check the open question's number. Raises: AssertionError with advice."
     assert isinstance(answer, (int, float)), f"answer with a number, got {answer!r}"
     moment = gaussian_mean(lambda z: (2*z.relu()**2 - z**2)**2)     # what the sign alone decides
-    assert abs(answer - moment) < .01, \
-        f"not {answer:g}: measure k = 4·width/depth·spread² at small depth/width, over many draws. " \
-        f"Then write 2·relu(z)² as z² + sign(z)·z²: which of the two does an orthogonal matrix fix?"
+    assert abs(answer - moment) < .01, (
+        f"not {answer:g}: measure k = 4·width/depth·spread² at small depth/width, "
+        "over many draws. Then write 2·relu(z)² as z² + sign(z)·z²: "
+        "which of the two does an orthogonal matrix fix?")

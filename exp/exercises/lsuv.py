@@ -14,7 +14,7 @@ from torch import nn
 from ..init import gaussian_mean
 from ..setup import attempt
 
-# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #3de6b230
+# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #8d79d3a9
 def _channel_stats(y):
     "Mean and std of each channel of (bs, c, …)."
     flat = y.transpose(0, 1).flatten(1)
@@ -27,10 +27,10 @@ def check_per_channel_(
     "Check exercise 1. Raises: AssertionError with advice."
     torch.manual_seed(0)
     chains = {
-        "linear": ([nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 8), nn.Sigmoid(), nn.Linear(8, 5)],
-                   3*torch.randn(400, 20) + 1),
-        "convolution": ([nn.Conv2d(3, 6, 3, padding=1), nn.GELU(), nn.Conv2d(6, 4, 3, stride=2)],
-                        torch.rand(20, 3, 9, 9))}
+        "linear": ([nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 8), nn.Sigmoid(),
+                    nn.Linear(8, 5)], 3*torch.randn(400, 20) + 1),
+        "convolution": ([nn.Conv2d(3, 6, 3, padding=1), nn.GELU(),
+                         nn.Conv2d(6, 4, 3, stride=2)], torch.rand(20, 3, 9, 9))}
     for kind, (layers, x) in chains.items():
         old = copy.deepcopy(layers)
         got = attempt(func, layers, x)
@@ -39,19 +39,29 @@ def check_per_channel_(
             with torch.no_grad(): y = layer(y)
             if not hasattr(layer, "weight"): continue
             where = f"{kind} chain, layers[{i}]"
-            assert not torch.equal(layer.weight, before.weight), f"{where}: the weight is unchanged; change it in place"
-            assert layer.weight.requires_grad and layer.weight.is_leaf, f"{where}: the weight must stay a leaf that wants gradients: work under torch.no_grad()"
+            assert not torch.equal(layer.weight, before.weight), (
+                f"{where}: the weight is unchanged; change it in place")
+            assert layer.weight.requires_grad and layer.weight.is_leaf, (
+                f"{where}: the weight must stay a leaf that wants gradients: "
+                "work under torch.no_grad()")
             ratio = layer.weight.detach()/before.weight.detach()
             per_row = ratio.flatten(1)
-            assert ((per_row - per_row[:, :1]).abs() < 1e-3*per_row[:, :1].abs()).all(), \
-                f"{where}: each channel's weights should be divided by one number, which keeps their direction"
+            assert ((per_row - per_row[:, :1]).abs() < 1e-3*per_row[:, :1].abs()).all(), (
+                f"{where}: each channel's weights should be divided by one number, "
+                "which keeps their direction")
             mean, std = _channel_stats(y)
-            assert mean.abs().max() < .02, f"{where}: a channel has mean {mean[mean.abs().argmax()]:.3f}: shift each bias by its own channel's mean, then divide it as well"
-            assert (std - 1).abs().max() < .03, f"{where}: a channel has std {std[(std - 1).abs().argmax()]:.3f}: is it measured with the layers before it already set?"
-        assert isinstance(got, torch.Tensor) and got.shape == y.shape and torch.allclose(got.detach(), y, atol=1e-3), \
-            f"{kind} chain: return what the last layer gives for x, after all has been set"
+            worst_mean, worst_std = mean[mean.abs().argmax()], std[(std - 1).abs().argmax()]
+            assert worst_mean.abs() < .02, (
+                f"{where}: a channel has mean {worst_mean:.3f}: shift each bias by its own "
+                "channel's mean, then divide it as well")
+            assert (worst_std - 1).abs() < .03, (
+                f"{where}: a channel has std {worst_std:.3f}: is it measured with the layers "
+                "before it already set?")
+        assert isinstance(got, torch.Tensor) and got.shape == y.shape and torch.allclose(
+            got.detach(), y, atol=1e-3), (
+            f"{kind} chain: return what the last layer gives for x, after all has been set")
 
-# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #c20c898c
+# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #53490cf3
 def _chi(act, std: float) -> float:
     def slope(z): return torch.autograd.grad(act(z.requires_grad_()).sum(), z)[0]
     up = gaussian_mean(lambda z: slope(z)**2, std=std)
@@ -62,21 +72,29 @@ def check_calm_std(
     func,  # your calm_std(act) -> float
 ) -> None:
     "Check exercise 2. Raises: AssertionError with advice."
-    for name, act in (("relu", F.relu), ("sin", torch.sin), ("tanh", torch.tanh), ("gelu", F.gelu)):
+    calm = {"relu": F.relu, "sin": torch.sin, "tanh": torch.tanh, "gelu": F.gelu}
+    for name, act in calm.items():
         got = attempt(func, act)
         assert isinstance(got, float), f"{name}: expected a float, got {type(got).__name__}"
-        assert abs(10*got - round(10*got)) < 1e-6 and .05 < got < 4.05, f"{name}: {got} is none of 4.0, 3.9, …, 0.1"
+        assert abs(10*got - round(10*got)) < 1e-6 and .05 < got < 4.05, (
+            f"{name}: {got} is none of 4.0, 3.9, …, 0.1")
         here = _chi(act, got)**15
-        assert 1/3 <= here <= 3, f"{name}: at σ = {got:.1f}, χ¹⁵ is {here:.3g}, outside [⅓, 3]: is σ² in your χ, and φ at σz in both expectations?"
+        assert 1/3 <= here <= 3, (
+            f"{name}: at σ = {got:.1f}, χ¹⁵ is {here:.3g}, outside [⅓, 3]: is σ² in your χ, "
+            "and φ at σz in both expectations?")
         if got > 3.95: continue
         above = _chi(act, got + .1)**15
-        assert not 1/3 <= above <= 3, f"{name}: σ = {got + .1:.1f} is still calm (χ¹⁵ = {above:.2f}): search from the largest down"
+        assert not 1/3 <= above <= 3, (
+            f"{name}: σ = {got + .1:.1f} is still calm (χ¹⁵ = {above:.2f}): "
+            "search from the largest down")
     for name, act in (("sigmoid", torch.sigmoid), ("softplus", F.softplus)):
         try: got = func(act)
-        except ValueError as error: assert str(error), f"{name}: let the ValueError say that no std is calm"
-        else: raise AssertionError(f"{name}: no σ in the list is calm, got {got} where a ValueError should say so")
+        except ValueError as error:
+            assert str(error), f"{name}: let the ValueError say that no std is calm"
+        else: raise AssertionError(f"{name}: no σ in the list is calm, got {got} where a "
+                                   "ValueError should say so")
 
-# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #9eb9081c
+# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #f794ad1b
 class _Times(nn.Module):
     def __init__(self, factor): super().__init__(); self.factor = factor
     def forward(self, x): return x*self.factor
@@ -100,48 +118,63 @@ def check_first_dead(
     constant = chain(nn.Tanh(), nn.Linear(8, 8))
     with torch.no_grad(): constant[2].weight.mul_(1e-4)
     cases = [("a healthy chain", chain(nn.Tanh()), "", "is any layer really dead?"),
-             ("zeros between two layers", chain(_Times(0.)), "2", "behind zeros a layer gives its bias to every input: look at from_inputs"),
-             ("inf between two layers", chain(_Times(math.inf)), "2", "mean and std are then not finite, and no comparison with NaN is true"),
-             ("weights of 1e-4 beside ordinary biases", constant, "2", "its std is fine, but it is the biases' std: look at from_inputs"),
-             ("layers written down backwards", _Backwards(), "early", "go by the order of running; and a std of 0 is dead")]
+             ("zeros between two layers", chain(_Times(0.)), "2",
+              "behind zeros a layer gives its bias to every input: look at from_inputs"),
+             ("inf between two layers", chain(_Times(math.inf)), "2",
+              "mean and std are then not finite, and no comparison with NaN is true"),
+             ("weights of 1e-4 beside ordinary biases", constant, "2",
+              "its std is fine, but it is the biases' std: look at from_inputs"),
+             ("layers written down backwards", _Backwards(), "early",
+              "go by the order of running; and a std of 0 is dead")]
     for what, model, truth, hint in cases:
         got = attempt(func, model, torch.randn(50, 6))
-        assert isinstance(got, str), f"{what}: return the layer's name, or '' if all is well; got {got!r}"
+        assert isinstance(got, str), (
+            f"{what}: return the layer's name, or '' if all is well; got {got!r}")
         assert got == truth, f"{what}: the answer is {truth!r}, yours {got!r}: {hint}"
     noisy = chain(nn.Tanh())
     with torch.no_grad(): noisy[0].bias.zero_(); noisy[2].weight.mul_(.1)
-    assert attempt(func, noisy, torch.randn(50, 6), .5) == "2", "with share=.5 a layer is dead that has less than half of its variance from the inputs: use the argument"
+    assert attempt(func, noisy, torch.randn(50, 6), .5) == "2", (
+        "with share=.5 a layer is dead that has less than half of its variance from the "
+        "inputs: use the argument")
 
-# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #bac71f60
+# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #55309f3a
 def check_predictions(
     answer,  # dict with the keys all_at_once, tripled, behind, bounded, centred
 ) -> None:
     "Check exercise 4. Raises: AssertionError with advice."
     left = .5 - 1/(2*math.pi)
-    truth = dict(all_at_once=2.**10, tripled=1., behind=math.sqrt(left), bounded=2., centred=(.5/left)**14)
-    hints = dict(all_at_once="layer 5's output is divided by all five numbers, of which only the last was its own",
+    truth = dict(all_at_once=2.**10, tripled=1., behind=math.sqrt(left), bounded=2.,
+                 centred=(.5/left)**14)
+    hints = dict(all_at_once="layer 5's output is divided by all five numbers, of which only "
+                             "the last was its own",
                  tripled="whatever the scale of y was, (y - m)/s does not know it",
                  behind="the mean square is ½ and the mean 1/√(2π)",
                  bounded="half of the values at one end, half at the other",
                  centred="the slope's mean square is ½; 28 layers of √χ")
-    assert isinstance(answer, dict), f"answer with a dict of the keys {list(truth)}, got {answer!r}"
+    assert isinstance(answer, dict), (
+        f"answer with a dict of the keys {list(truth)}, got {answer!r}")
     for key, value in truth.items():
-        assert isinstance(answer.get(key), (int, float)), f"{key!r} needs a number, got {answer.get(key)!r}"
-        assert abs(answer[key]/value - 1) < .03, f"{key!r} is not {answer[key]:g}: {hints[key]}"
+        given = answer.get(key)
+        assert isinstance(given, (int, float)), f"{key!r} needs a number, got {given!r}"
+        assert abs(given/value - 1) < .03, f"{key!r} is not {given:g}: {hints[key]}"
 
-# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #624ef614
-_SIX = {"sigmoid": torch.sigmoid, "softplus": F.softplus, "relu": F.relu, "abs": torch.abs, "exp": torch.exp, "tanh": torch.tanh}
+# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #8940d9a4
+_SIX = {"sigmoid": torch.sigmoid, "softplus": F.softplus, "relu": F.relu, "abs": torch.abs,
+        "exp": torch.exp, "tanh": torch.tanh}
 
 
 def check_centred(
     answer: set,  # names
 ) -> None:
     "Check exercise 5. Raises: AssertionError with advice."
-    assert isinstance(answer, (set, frozenset, list, tuple)) and answer, f"answer with a set of names out of {set(_SIX)}, got {answer!r}"
+    assert isinstance(answer, (set, frozenset, list, tuple)) and answer, (
+        f"answer with a set of names out of {list(_SIX)}, got {answer!r}")
     unknown = sorted(set(answer) - set(_SIX))
     assert not unknown, f"{unknown} is none of {list(_SIX)}"
     for name, act in _SIX.items():
         mean = gaussian_mean(act)
         factor = _chi(lambda z, act=act, mean=mean: act(z) - mean, 1.)**14
         fits = 1/20 < factor < 20
-        assert (name in answer) == fits, f"centred {name}: the gradient's rms changes by {'less' if fits else 'more'} than a factor of 20: compute χ with Var φ below the line"
+        assert (name in answer) == fits, (
+            f"centred {name}: the gradient's rms changes by {'less' if fits else 'more'} than "
+            "a factor of 20: compute χ with Var φ below the line")

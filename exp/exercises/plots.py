@@ -8,47 +8,59 @@ import torch
 
 from ..setup import attempt
 
-# %% ../../nbs/exercises/00b_plots_exercises.ipynb #9e8ddf20
+# %% ../../nbs/exercises/00b_plots_exercises.ipynb #cb87c237
 def check_tile(
     func,  # your tile(ims, ncols) -> (rows*h, ncols*w) tensor
 ) -> None:
     "Check exercise 1. Raises: AssertionError with advice."
     ims = torch.arange(1, 6).view(5, 1, 1).expand(5, 2, 3).contiguous().float()
     got = attempt(func, ims, 2)
-    assert isinstance(got, torch.Tensor) and got.shape == (6, 6), f"5 images of (2, 3) in 2 columns make (6, 6); got {getattr(got, 'shape', got)}"
-    assert (got[:2, :3] == 1).all(), "image 0 belongs top left, whole: did you reshape without permuting first?"
+    assert isinstance(got, torch.Tensor) and got.shape == (6, 6), (
+        f"5 images of (2, 3) in 2 columns make (6, 6); got {getattr(got, 'shape', got)}")
+    assert (got[:2, :3] == 1).all(), (
+        "image 0 belongs top left, whole: did you reshape without permuting first?")
     assert (got[:2, 3:] == 2).all(), "image 1 belongs to the right of image 0"
     assert (got[4:, 3:] == 0).all(), "the empty place at the end should be zeros"
-    expected = torch.tensor([[1, 2], [3, 4], [5, 0]]).float().repeat_interleave(2, 0).repeat_interleave(3, 1)
-    assert torch.equal(got, expected), f"the order is wrong; expected image numbers\n{expected[::2, ::3]}\ngot\n{got[::2, ::3]}"
+    order = torch.tensor([[1., 2.], [3., 4.], [5., 0.]])
+    expected = order.repeat_interleave(2, 0).repeat_interleave(3, 1)
+    assert torch.equal(got, expected), (
+        f"the order is wrong; expected image numbers\n{order}\ngot\n{got[::2, ::3]}")
     one = torch.rand(1, 4, 4)
     assert torch.equal(attempt(func, one, 1), one[0]), "one image in one column is the image itself"
 
-# %% ../../nbs/exercises/00b_plots_exercises.ipynb #9037c4ac
+# %% ../../nbs/exercises/00b_plots_exercises.ipynb #28c590e8
 def check_moving_average(
     func,  # your moving_average(y, n) -> tensor shaped like y
 ) -> None:
     "Check exercise 2. Raises: AssertionError with advice."
     y = torch.tensor([4., 2., 6., 8., 0.])
     got = attempt(func, y, 3)
-    assert isinstance(got, torch.Tensor) and got.shape == y.shape, f"the result has y's shape (5,); got {getattr(got, 'shape', got)}"
-    assert got[0] == 4, f"the first entry is the mean of one value, 4; got {got[0]:g}. Did you divide by n too early?"
-    torch.testing.assert_close(got[:2], torch.tensor([4., 3.]), msg=f"the second entry is (4+2)/2 = 3; got {got[1]:g}")
+    assert isinstance(got, torch.Tensor) and got.shape == y.shape, (
+        f"the result has y's shape (5,); got {getattr(got, 'shape', got)}")
+    assert got[0] == 4, (f"the first entry is the mean of one value, 4; got {got[0]:g}. "
+                         "Did you divide by n too early?")
+    torch.testing.assert_close(got[:2], torch.tensor([4., 3.]),
+                               msg=f"the second entry is (4+2)/2 = 3; got {got[1]:g}")
     expected = torch.stack([y[max(0, i-2):i+1].mean() for i in range(5)])
-    assert torch.allclose(got, expected), f"expected {expected.tolist()}, got {got.tolist()}: does the window end at i and hold at most n values?"
+    assert torch.allclose(got, expected), (
+        f"expected {expected.tolist()}, got {got.tolist()}: "
+        "does the window end at i and hold at most n values?")
     flat = torch.full((50,), 2.)
     assert torch.allclose(attempt(func, flat, 10), flat), "a constant stays that constant"
     assert torch.equal(attempt(func, y, 1), y), "with n=1 nothing changes"
 
-# %% ../../nbs/exercises/00b_plots_exercises.ipynb #ba43805d
+# %% ../../nbs/exercises/00b_plots_exercises.ipynb #6e305237
 def check_drawn_values(
     answer: list,  # four numbers in [0, 1], row by row
 ) -> None:
-    "Check exercise 3 against what show_image hands to Matplotlib. Raises: AssertionError with advice."
+    "Check exercise 3 against what show_image draws. Raises: AssertionError with advice."
     import matplotlib.pyplot as plt
     from exp.plots import show_image
-    assert isinstance(answer, (list, tuple)) and len(answer) == 4, f"answer with four numbers, row by row; got {answer!r}"
-    drawn = show_image(torch.tensor([[-1., 0.], [.5, 1.]])).get_images()[0].get_array().ravel().tolist()
+    assert isinstance(answer, (list, tuple)) and len(answer) == 4, (
+        f"answer with four numbers, row by row; got {answer!r}")
+    image = show_image(torch.tensor([[-1., 0.], [.5, 1.]])).get_images()[0]
+    drawn = image.get_array().ravel().tolist()
     plt.close()
     wrong = [i for i, (a, b) in enumerate(zip(answer, drawn)) if a != b]
-    assert not wrong, f"pixel {wrong[0]} is drawn otherwise: does show_image stretch values, or cut them off?"
+    assert not wrong, (f"pixel {wrong[0]} is drawn otherwise: "
+                       "does show_image stretch values, or cut them off?")

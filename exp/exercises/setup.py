@@ -10,47 +10,61 @@ import torch
 
 from ..setup import attempt
 
-# %% ../../nbs/exercises/00_setup_exercises.ipynb #9860934e
+# %% ../../nbs/exercises/00_setup_exercises.ipynb #9a073b27
 def check_seeded_rand(
     func,  # your seeded_rand(n, seed) -> (n,) tensor
 ) -> None:
     "Check exercise 1. Raises: AssertionError with advice."
     torch.manual_seed(0); expected = torch.rand(3)
     torch.manual_seed(0); first = attempt(func, 5, 1); after = torch.rand(3)
-    assert isinstance(first, torch.Tensor) and first.shape == (5,), f"expected a tensor of shape (5,), got {first!r}"
-    assert ((first >= 0) & (first < 1)).all(), f"the numbers must lie in [0, 1), got {first.tolist()}"
+    assert isinstance(first, torch.Tensor) and first.shape == (5,), (
+        f"expected a tensor of shape (5,), got {first!r}")
+    assert ((first >= 0) & (first < 1)).all(), (
+        f"the numbers must lie in [0, 1), got {first.tolist()}")
     assert len(set(first.tolist())) == 5, "five numbers should differ: is one repeated?"
-    assert torch.equal(first, attempt(func, 5, 1)), "the same seed gave other numbers: does your generator start from `seed`?"
-    assert not torch.equal(first, attempt(func, 5, 2)), "another seed gave the same numbers: is `seed` used?"
-    assert torch.equal(after, expected), "the global generator was disturbed: draw from a torch.Generator of your own"
+    assert torch.equal(first, attempt(func, 5, 1)), (
+        "the same seed gave other numbers: does your generator start from `seed`?")
+    assert not torch.equal(first, attempt(func, 5, 2)), (
+        "another seed gave the same numbers: is `seed` used?")
+    assert torch.equal(after, expected), (
+        "the global generator was disturbed: draw from a torch.Generator of your own")
 
-# %% ../../nbs/exercises/00_setup_exercises.ipynb #90e312fe
+# %% ../../nbs/exercises/00_setup_exercises.ipynb #9d103b1b
 def check_read_ledger(
     func,  # your read_ledger(text) -> list of names
 ) -> None:
     "Check exercise 2. Raises: AssertionError with advice."
-    box = "> **Earned so far:** `torch.rand`, a lot.\n>\n> **This lesson adds:** speed: `torch.einsum`,\n> `torch.matmul`. Also `F.relu`."
+    box = ("> **Earned so far:** `torch.rand`, a lot.\n>\n"
+           "> **This lesson adds:** speed: `torch.einsum`,\n"
+           "> `torch.matmul`. Also `F.relu`.")
     got = attempt(func, box)
     assert isinstance(got, list), f"expected a list, got {type(got).__name__}"
-    assert "torch.rand" not in got, "`torch.rand` was earned before: only names after 'This lesson adds:' count"
-    assert "torch.matmul" in got, f"`torch.matmul` stands on the box's next line and counts too; got {got}"
-    assert got == ["torch.einsum", "torch.matmul", "F.relu"], f"expected the three names without backticks, in order; got {got}"
+    assert "torch.rand" not in got, (
+        "`torch.rand` was earned before: only names after 'This lesson adds:' count")
+    assert "torch.matmul" in got, (
+        f"`torch.matmul` stands on the box's next line and counts too; got {got}")
+    assert got == ["torch.einsum", "torch.matmul", "F.relu"], (
+        f"expected the three names without backticks, in order; got {got}")
     nothing = attempt(func, "> **This lesson adds:** nothing.")
     assert nothing == [], f"a box that adds nothing should give [], got {nothing!r}"
 
-# %% ../../nbs/exercises/00_setup_exercises.ipynb #ce99c989
+# %% ../../nbs/exercises/00_setup_exercises.ipynb #3e4ee920
 def _two_numbers() -> dict:
     "What the four programs print."
-    def seeded(before=lambda: None): torch.manual_seed(1); random.seed(1); before(); return torch.rand(1).item()
+    def seeded(before=lambda: None):
+        torch.manual_seed(1); random.seed(1); before()
+        return torch.rand(1).item()
     first = seeded()
-    return {"A": (first, torch.rand(1).item()), "B": (first, seeded()), "C": (first, seeded(random.random)),
-            "D": (first, seeded(lambda: torch.rand(1)))}
+    return {"A": (first, torch.rand(1).item()), "B": (first, seeded()),
+            "C": (first, seeded(random.random)), "D": (first, seeded(lambda: torch.rand(1)))}
 
-# %% ../../nbs/exercises/00_setup_exercises.ipynb #79a6b873
+# %% ../../nbs/exercises/00_setup_exercises.ipynb #62b3c7d2
 def check_who_repeats(
     answer: set,  # letters of the programs that print the same number twice
 ) -> None:
     "Check exercise 3 by running the four programs. Raises: AssertionError with advice."
-    assert isinstance(answer, (set, list, tuple)) and answer, f"answer with a set of letters, e.g. {{'A', 'D'}}; got {answer!r}"
+    assert isinstance(answer, (set, list, tuple)) and answer, (
+        f"answer with a set of letters, e.g. {{'A', 'D'}}; got {answer!r}")
     wrong = sorted(k for k, (a, b) in _two_numbers().items() if (a == b) != (k in answer))
-    assert not wrong, f"look again at {', '.join(wrong)}: which generator does each call move, and by how much?"
+    assert not wrong, (f"look again at {', '.join(wrong)}: "
+                       "which generator does each call move, and by how much?")

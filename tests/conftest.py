@@ -1,5 +1,6 @@
 "The whole suite runs offline, on small data, one thread a worker: the same here as under `make test`."
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)     # Ctrl-C counts, even where a shell in the background ignores it
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")
 

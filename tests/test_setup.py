@@ -39,7 +39,7 @@ def test_scale_follows_the_environment(monkeypatch):
 
 
 def test_versions_is_one_line_and_names_the_device():
-    assert "\n" not in setup.versions() and "cpu, 1 threads" in setup.versions() and "scale tiny" in setup.versions()
+    assert "\n" not in setup.versions() and "cpu, 1 thread ·" in setup.versions() and "scale tiny" in setup.versions()
 
 
 def stub(x): raise NotImplementedError

@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["exp", "exp.*"]) + ["exp.standins"],
     package_dir={"exp.standins": "data"}, package_data={"exp.standins": standins},
     python_requires=f'>={cfg["min_python"]}',
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "fast": ["simplejpeg"]},
     zip_safe=False, entry_points={"nbdev": [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d'],
                                   "console_scripts": cfg["console_scripts"].split()},
 )

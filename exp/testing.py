@@ -390,7 +390,7 @@ def record(
     if folder is not None: _write(Path(folder)/name, text)
     return json.loads(text)
 
-# %% ../nbs/01_matmul.ipynb #e92f34d0
+# %% ../nbs/01_matmul.ipynb #95b22acf
 def result_text(
     result: dict,  # a record
 ) -> str:          # '87.91 ± 0.21 %'
@@ -409,8 +409,9 @@ def results_table(
     rows = []
     for r in results:
         name, source, count = r["data"]["name"], r["data"]["source"], len(r["values"])
+        each = sum(r["seconds"])/count
         rows.append({
             "what": r["what"], "result": result_text(r), "runs": count,
-            "s per run": f"{sum(r['seconds'])/count:.2g}" if r["seconds"] else "–",
+            "s per run": f"{each:.0f}" if each >= 10 else f"{each:.2g}" if each else "–",
             "data": f"{name} ({source})" if source else name or "–", "device": r["device"]})
     return table(rows)

@@ -119,6 +119,29 @@ def schedule():
     return lambda: train([one_cycle(.1)]), lambda: train([])
 
 
+def xresnet50_parameters(n_out: int = 10):
+    "Random parameters with gradients, in the shapes of an xresnet50: 23,547,754 numbers in 167 tensors."
+    convs, ni = [(3, 32, 3), (32, 32, 3), (32, 64, 3)], 64
+    for n_blocks, width in zip((3, 4, 6, 3), (64, 128, 256, 512)):
+        for block in range(n_blocks):
+            convs += [(ni, width, 1), (width, width, 3), (width, 4*width, 1)]
+            if block == 0: convs.append((ni, 4*width, 1))
+            ni = 4*width
+    shapes = [*[s for a, b, ks in convs for s in ((b, a, ks, ks), (b,), (b,))], (n_out, ni), (n_out,)]
+    g = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=g).mul_(.05).requires_grad_() for s in shapes]
+    for p in params: p.grad = torch.randn(p.shape, generator=g).mul_(.01)
+    assert len(params) == 167 and sum(p.numel() for p in params) == 23_547_754
+    return params
+
+
+@bench("AdamW step of exp.optim on xresnet50's parameters (23.5 M in 167 tensors), eager, against torch.optim.AdamW(foreach=True)", "≤0.7×")
+def adamw_step():
+    from exp.optim import adamw
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    return adamw(xresnet50_parameters(), lr=1e-3).step, torch.optim.AdamW(xresnet50_parameters(), lr=1e-3, foreach=True).step
+
+
 def photo_files(n: int = 1280) -> list[str]:
     "Training photos of Imagenette, or of its stand-in, drawn by lot; always the same ones."
     import random
@@ -189,29 +212,6 @@ def finding():
     def ours():
         for _ in range(5): get_files(path, IMAGES)
     return ours, walk
-
-
-def xresnet50_parameters(n_out: int = 10):
-    "Random parameters with gradients, in the shapes of an xresnet50: 23,547,754 numbers in 167 tensors."
-    convs, ni = [(3, 32, 3), (32, 32, 3), (32, 64, 3)], 64
-    for n_blocks, width in zip((3, 4, 6, 3), (64, 128, 256, 512)):
-        for block in range(n_blocks):
-            convs += [(ni, width, 1), (width, width, 3), (width, 4*width, 1)]
-            if block == 0: convs.append((ni, 4*width, 1))
-            ni = 4*width
-    shapes = [*[s for a, b, ks in convs for s in ((b, a, ks, ks), (b,), (b,))], (n_out, ni), (n_out,)]
-    g = torch.Generator().manual_seed(0)
-    params = [torch.randn(s, generator=g).mul_(.05).requires_grad_() for s in shapes]
-    for p in params: p.grad = torch.randn(p.shape, generator=g).mul_(.01)
-    assert len(params) == 167 and sum(p.numel() for p in params) == 23_547_754
-    return params
-
-
-@bench("AdamW step of exp.optim on xresnet50's parameters (23.5 M in 167 tensors), eager, against torch.optim.AdamW(foreach=True)", "≤0.7×")
-def adamw_step():
-    from exp.optim import adamw
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-    return adamw(xresnet50_parameters(), lr=1e-3).step, torch.optim.AdamW(xresnet50_parameters(), lr=1e-3, foreach=True).step
 
 
 if __name__ == "__main__": main()

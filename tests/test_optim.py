@@ -264,6 +264,12 @@ def test_threads_change_no_bit(make):
     assert all(map(torch.equal, run(1), run(3)))
 
 
+def test_a_steppers_own_error_comes_through():
+    def broken(s, h): raise OverflowError("on purpose")
+    p = torch.zeros(2**20, requires_grad=True); p.grad = torch.ones(2**20)
+    with pytest.raises(OverflowError, match="on purpose"): Optimizer([p], [], [broken]).step()
+
+
 def test_cut_and_gather():
     whole = Part({"p": torch.arange(10.).view(2, 5), "g": torch.ones(2, 5)}, 3, frozenset("m"))
     pieces = cut(whole, 4)

@@ -425,7 +425,7 @@ def summary(
     return Summary(rows, sum(p.numel() for p in params),
                    sum(p.numel() for p in params if p.requires_grad))
 
-# %% ../nbs/05b_cnn_hooks.ipynb #73b00bfa
+# %% ../nbs/05b_cnn_hooks.ipynb #5d33999d
 def _thin(x: Tensor, sample: int) -> Tensor:
     "About `sample` values at most, evenly spread; a step prime to the size visits all positions."
     step = max(1, -(-x.numel()//sample))
@@ -474,42 +474,47 @@ class ActivationStats(Callback):
         self._now, self._on = {}, learn.training and self._step % self.every == 0
         self._step += learn.training
 
-    @torch.no_grad()
     def _measure(self, hook, module, inp, out):
         if not self._on: return
         x = _tensor_in(out).detach().float()
-        mean = x.mean()
-        std = (x - mean).square_().mean().sqrt()
-        self._now[hook.name] = (mean, std, self._dead(x)), self._hist(x)
+        mean, flat = x.mean(), x.flatten()
+        away = flat - mean
+        sample = _thin(flat, self.sample).clone()
+        self._now[hook.name] = mean, away.dot(away), len(flat), self._dead(x), sample
 
     def _dead(self, x: Tensor) -> Tensor:
-        "Share of units that give the same for all items; NaN for a batch of one."
-        if len(x) < 2: return x.new_tensor(math.nan)
+        "For each unit: does it give the same for all items? NaN for a batch of one."
+        if len(x) < 2: return x.new_tensor([math.nan])
         same = x.amin(0) == x.amax(0)
-        if same.ndim > 1: same = same.movedim(self.unit_dim - 1, 0).flatten(1).all(1)
-        return same.mean(dtype=x.dtype)
-
-    def _hist(self, x: Tensor) -> Tensor:
-        "How many of a sample of values lie in each bin."
-        return _thin(x, self.sample).clamp(*self.limits).histc(self.bins, *self.limits)
+        if self.unit_dim > 1: same = same.movedim(self.unit_dim - 1, 0)
+        return same.flatten(1).all(1) if same.ndim > 1 else same
 
     def after_batch(self, learn):
         if self._now:
-            rows = [self._now.get(name) or self._gap() for name in self.names]
-            numbers = torch.stack([number for numbers, _ in rows for number in numbers])
-            self._new.append(torch.cat([numbers.view(-1, 3), torch.stack([h for _, h in rows])], 1))
+            self._new += [self._now.get(name) or self._gap() for name in self.names]
             self._steps.append(self._step - 1)
         self._now, self._on = {}, False
+        if len(self._new) >= 200: self._settle()
 
     def _gap(self) -> tuple:
         "What stands for a layer that did not run."
-        hist = torch.zeros_like(next(iter(self._now.values()))[1])
-        return [hist.new_tensor(math.nan)]*3, hist
+        nan = torch.full_like(next(iter(self._now.values()))[0], math.nan)
+        return nan, nan, 1, nan, nan.new_empty(0)
 
     def _settle(self):
-        "Bring the new numbers over from the device, all at once."
-        if self._new: self._kept = torch.cat([self._kept, torch.stack(self._new).cpu()])
-        self._new = []
+        "Bring the new numbers over from the device; many at once cost less, and the rest can wait."
+        if not self._new: return
+        means, squares, sizes, dead, samples = zip(*self._new)
+        means, squares = torch.stack(means), torch.stack(squares)
+        stds = (squares/squares.new_tensor(sizes)).sqrt_()
+        dead = torch.stack([d.mean(dtype=means.dtype) for d in dead])
+        hists = torch.stack([self._hist(sample) for sample in samples])
+        rows = torch.cat([torch.stack([means, stds, dead], 1), hists], 1).cpu()
+        self._kept, self._new = torch.cat([self._kept, rows.unflatten(0, (-1, len(self.names)))]), []
+
+    def _hist(self, sample: Tensor) -> Tensor:
+        "How many values lie in each bin; those beyond the limits count at the edges."
+        return sample.clamp(*self.limits).histc(self.bins, *self.limits)
 
     def after_train(self, learn): self._settle()
     def after_fit(self, learn):

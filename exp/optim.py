@@ -316,7 +316,7 @@ def gather(
     columns = {n: Many(getattr(s, n) for s in parts) for n in parts[0].names}
     return Part(columns, parts[0].step, parts[0].fresh)
 
-# %% ../nbs/09_optimizers.ipynb #660fec38
+# %% ../nbs/09_optimizers.ipynb #ebd7d021
 BLOCK = 2**18    # numbers in a block: p, g, m, v and a scratch of that size are 5 MB
 
 
@@ -331,10 +331,11 @@ def cut(
         order = sorted(range(p.ndim), key=lambda d: -p.stride(d))
         tensors = [t.permute(order) for t in tensors]
         if not all(t.is_contiguous() for t in tensors): return [whole]
-    blocks = zip(*(t.view(-1).split(size) for t in tensors))
+    flat = [t.view(-1) for t in tensors]
+    blocks = zip(*(t.split(size) for t in flat)) if len(flat[0]) > size else [flat]
     return [Part(dict(zip(whole.names, b)), whole.step, whole.fresh) for b in blocks]
 
-# %% ../nbs/09_optimizers.ipynb #ff2a8e0b
+# %% ../nbs/09_optimizers.ipynb #a3759c22
 def measures(
     find: Callable,  # (s, h) -> tensors, whose norms over the whole parameter are wanted
 ) -> Callable:       # decorator
@@ -351,11 +352,16 @@ def _norms(parts: list[Part], find: Callable, h: Hypers) -> list[float]:
     return [math.sqrt(sum(column)) for column in zip(*squares)]
 
 
-def _run(parts: list[Part], funcs: list[Callable], h: Hypers) -> None:
-    "Part by part, all functions; but those before a measuring one are first run on all parts."
-    at = next((i for i, f in enumerate(funcs) if hasattr(f, "measures")), len(funcs))
+def _each(parts: list[Part], funcs: list[Callable], h: Hypers) -> None:
+    "Part by part, all functions."
     for s in parts:
-        for func in funcs[:at]: func(s, h)
+        for func in funcs: func(s, h)
+
+
+def _run(parts: list[Part], funcs: list[Callable], h: Hypers) -> None:
+    "The same; but functions before a measuring one are first run on all parts."
+    at = next((i for i, f in enumerate(funcs) if hasattr(f, "measures")), len(funcs))
+    _each(parts, funcs[:at], h)
     if at == len(funcs): return
     norms = _norms(parts, funcs[at].measures, h)
     for s in parts: s.norms = norms; funcs[at](s, h)
@@ -373,17 +379,17 @@ def _size(p: Tensor) -> int:
     "Numbers that are best treated at once: a cache-full, or all, where there is a GPU."
     return BLOCK if p.device.type == "cpu" else max(1, p.numel())
 
-# %% ../nbs/09_optimizers.ipynb #fced08ab
+# %% ../nbs/09_optimizers.ipynb #37ea99fb
 def _add(crowds: dict, whole: Part) -> list[Part] | None:
     "Put a small parameter with others like it; the crowd, once it fills a block."
     p = whole.p
     key = p.device, p.dtype, whole.step, whole.fresh
-    crowd = crowds.setdefault(key, [])
-    crowd.append(whole)
-    full = p.device.type == "cpu" and sum(s.p.numel() for s in crowd) >= BLOCK
-    return crowds.pop(key) if full else None
+    crowd, size = crowds.get(key, ([], 0))
+    crowds[key] = [*crowd, whole], size + p.numel()
+    full = p.device.type == "cpu" and size + p.numel() >= BLOCK
+    return crowds.pop(key)[0] if full else None
 
-# %% ../nbs/09_optimizers.ipynb #f4b3b850
+# %% ../nbs/09_optimizers.ipynb #89470314
 class Optimizer(Groups):
     """Any optimizer: stats that keep something about the gradients, steppers that use it.
     Elementwise functions see blocks of memory, in any order; those marked by `measures` get
@@ -403,9 +409,9 @@ class Optimizer(Groups):
             if _wide(p.dtype) != p.dtype: yield _run_half, cut(whole, _size(p)), funcs, h
             elif alone: yield _run, cut(whole, _size(p)), funcs, h
             elif p.device.type == "cpu" and p.numel() > BLOCK//8:
-                for s in cut(whole, BLOCK): yield _run, [s], funcs, h
-            elif crowd := _add(crowds, whole): yield _run, [gather(crowd)], funcs, h
-        for crowd in crowds.values(): yield _run, [gather(crowd)], funcs, h
+                yield _each, cut(whole, BLOCK), funcs, h
+            elif crowd := _add(crowds, whole): yield _each, [gather(crowd)], funcs, h
+        for crowd, _ in crowds.values(): yield _each, [gather(crowd)], funcs, h
 
     def state_dict(self) -> dict:
         "Hypers and memory, with numbers in the place of parameters. Same as: torch.optim's."

@@ -368,9 +368,9 @@ def test_stats_are_the_plain_sums():
 
 def test_a_dead_unit_may_be_uneven_in_space_but_not_from_item_to_item():
     x = torch.randn(1, 2, 4, 4).expand(5, 2, 4, 4).clone()
-    assert ActivationStats()._dead(x) == 1
+    assert ActivationStats()._dead(x).tolist() == [True, True]
     x[3, 1, 2, 2] += 1
-    assert ActivationStats()._dead(x) == .5
+    assert ActivationStats()._dead(x).tolist() == [True, False]
 
 
 def test_stats_count_training_steps_only_and_every_so_many():
@@ -411,6 +411,18 @@ def test_cancelled_batches_leave_no_row():
     stats = ActivationStats()
     train(simple_cnn((4,)), [Skip(), stats])
     assert len(stats.steps) == 2 == stats.means.shape[1]
+
+
+@pytest.mark.parametrize("n", [1, 70, 130])
+def test_rows_that_settle_early_are_all_there(n):
+    model, stats, seen = simple_cnn((4,)), ActivationStats(), []
+    class ByHand(Callback):
+        order = 200
+        def after_batch(self, learn): seen.append(learn.pred.detach().float())
+    train(model, [stats, ByHand()], n=n)
+    assert stats.steps == list(range(n)) and stats.hists.shape == (2, n, 60)
+    torch.testing.assert_close(stats.means[-1], torch.stack([p.mean() for p in seen]))
+    torch.testing.assert_close(stats.stds[-1], torch.stack([p.std(correction=0) for p in seen]))
 
 
 def test_stats_keep_no_model_and_no_activation():
@@ -456,15 +468,15 @@ def test_stats_choose_layers_and_units():
         train(model, [stats], n=1)
         assert stats.names == names
     x = torch.zeros(2, 5, 3); x[0, :, 1:] = 1
-    for unit_dim, share in ((2, 1/3), (1, 0)): assert abs(ActivationStats(unit_dim=unit_dim)._dead(x) - share) < 1e-6
-    assert ActivationStats()._dead(torch.ones(1, 4)).isnan() and ActivationStats()._dead(torch.ones(5)) == 1
+    for unit_dim, share in ((2, 1/3), (1, 0)): assert abs(ActivationStats(unit_dim=unit_dim)._dead(x).float().mean() - share) < 1e-6
+    assert ActivationStats()._dead(torch.ones(1, 4)).isnan().all() and ActivationStats()._dead(torch.ones(5)).all()
 
 
 @given(n=ints(1, 3000), sample=ints(1, 200))
 def test_a_sample_is_even_and_of_the_right_size(n, sample):
     from exp.hooks import _thin
     picked = _thin(torch.arange(n), sample)
-    assert ActivationStats(sample=sample)._hist(torch.linspace(-5, 5, n)).sum() == len(picked)
+    assert ActivationStats()._hist(_thin(torch.linspace(-5, 5, n), sample)).sum() == len(picked)
     assert 1 <= len(picked) <= sample or sample == 1 and len(picked) <= 2
     if len(picked) > 2: assert len(picked.diff().unique()) == 1
 
@@ -473,7 +485,7 @@ def test_infinities_and_nans_in_activations_are_shown_not_raised():
     stats = ActivationStats(bins=4, limits=(-2., 2.))
     out = stats._hist(torch.tensor([[math.inf, -math.inf, 5., 0.5]]))
     assert out.tolist() == [1, 0, 1, 2]
-    assert stats._dead(torch.tensor([[math.nan, 1.], [math.nan, 1.]])) == .5
+    assert stats._dead(torch.tensor([[math.nan, 1.], [math.nan, 1.]])).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("kwargs", [dict(every=0), dict(bins=0), dict(sample=0), dict(unit_dim=0), dict(limits=(1., 1.)), dict(limits=(2., -2.))])

@@ -425,7 +425,7 @@ def summary(
     return Summary(rows, sum(p.numel() for p in params),
                    sum(p.numel() for p in params if p.requires_grad))
 
-# %% ../nbs/05b_cnn_hooks.ipynb #5d33999d
+# %% ../nbs/05b_cnn_hooks.ipynb #3bb18f22
 def _thin(x: Tensor, sample: int) -> Tensor:
     "About `sample` values at most, evenly spread; a step prime to the size visits all positions."
     step = max(1, -(-x.numel()//sample))
@@ -510,7 +510,8 @@ class ActivationStats(Callback):
         dead = torch.stack([d.mean(dtype=means.dtype) for d in dead])
         hists = torch.stack([self._hist(sample) for sample in samples])
         rows = torch.cat([torch.stack([means, stds, dead], 1), hists], 1).cpu()
-        self._kept, self._new = torch.cat([self._kept, rows.unflatten(0, (-1, len(self.names)))]), []
+        rows = rows.view(-1, len(self.names), rows.shape[1])
+        self._kept, self._new = torch.cat([self._kept, rows]), []
 
     def _hist(self, sample: Tensor) -> Tensor:
         "How many values lie in each bin; those beyond the limits count at the edges."

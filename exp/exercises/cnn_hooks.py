@@ -4,14 +4,14 @@
 __all__ = ['check_max_pool2d', 'check_conv_transpose2d', 'check_receptive_field', 'check_GradientFlow', 'check_predictions',
            'check_product_share']
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #de4002be
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #f1d9cd02
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..hooks import conv, simple_cnn
 from ..learner import Callback, DataLoaders, Learner
-from ..setup import attempt
+from ..setup import attempt, check_numbers
 from ..testing import test_like
 
 # %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #e1dc3ab8
@@ -168,7 +168,7 @@ def check_GradientFlow(
     assert not left(twin), \
         "after a training that failed, hooks were left: after_fit is heard then, too"
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #6aaa5916
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #b66c4d5e
 def check_predictions(
     answer,  # dict with the keys size, params, flops, field, dead, silenced
 ) -> None:
@@ -181,11 +181,7 @@ def check_predictions(
                  field="r grows by (k - 1)·j; j is 1, then 2, then 4",
                  dead="how many of the ReLU's 16 channels can never fire?",
                  silenced="with 4 groups, which filters see nothing but the four dead channels?")
-    assert isinstance(answer, dict), f"answer with a dict of the keys {list(truth)}, got {answer!r}"
-    for key, value in truth.items():
-        assert isinstance(answer.get(key), (int, float)), \
-            f"{key!r} needs a number, got {answer.get(key)!r}"
-        assert abs(answer[key] - value) < 1e-6, f"{key!r} is not {answer[key]:g}: {hints[key]}"
+    check_numbers(answer, truth, hints, tol=1e-6)
 
 # %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #f45efa0f
 def check_product_share(

@@ -4,14 +4,14 @@
 __all__ = ['check_stratified_splitter', 'check_group_splitter', 'check_MultiCategorize', 'check_RandomFlip', 'check_predictions',
            'check_magnification']
 
-# %% ../../nbs/exercises/08_data_block_exercises.ipynb #bc93da43
+# %% ../../nbs/exercises/08_data_block_exercises.ipynb #dff5c954
 import random
 from collections import Counter
 
 import torch
 
 from ..data import DataBlock, ItemList, compose, random_splitter
-from ..setup import attempt
+from ..setup import attempt, check_numbers
 
 # %% ../../nbs/exercises/08_data_block_exercises.ipynb #79e3cd17
 def _split(splitter, items, what: str) -> tuple[list, list]:
@@ -135,7 +135,7 @@ def check_RandomFlip(
     valid = compose(tfm).for_valid()
     assert not valid.tfms, "in validation nothing should be flipped: `for_valid` returns None"
 
-# %% ../../nbs/exercises/08_data_block_exercises.ipynb #811eccf0
+# %% ../../nbs/exercises/08_data_block_exercises.ipynb #e54c7d95
 def check_predictions(
     answer,  # dict with the keys byte_mb, float_mb, cache_mb, batches, row_stride, overlap
 ) -> None:
@@ -147,12 +147,7 @@ def check_predictions(
                  cache_mb="decoded bytes, not JPEG", batches="the last one is not full",
                  row_stride="one row down: how many bytes further, three for each pixel?",
                  overlap="after ten tries: the largest box of the nearest shape, in the middle")
-    assert isinstance(answer, dict), f"answer with a dict of the keys {list(truth)}, got {answer!r}"
-    for key, value in truth.items():
-        assert isinstance(answer.get(key), (int, float)), \
-            f"{key!r} needs a number, got {answer.get(key)!r}"
-        assert abs(answer[key] - value) <= .01*value, \
-            f"{key!r} is not {answer[key]:g}: {hints[key]}"
+    check_numbers(answer, truth, hints)
 
 # %% ../../nbs/exercises/08_data_block_exercises.ipynb #e74d8565
 def check_magnification(

@@ -4,14 +4,14 @@
 __all__ = ['check_truncated_normal_', 'check_exact_gain', 'check_delta_orthogonal_', 'check_predictions', 'check_log_rms_spread',
            'check_orthogonal_k']
 
-# %% ../../nbs/exercises/03_init_exercises.ipynb #f4c50f77
+# %% ../../nbs/exercises/03_init_exercises.ipynb #9c6bf066
 import math
 
 import torch
 import torch.nn.functional as F
 
 from ..init import gaussian_mean, kaiming_normal_
-from ..setup import attempt
+from ..setup import attempt, check_numbers
 
 # %% ../../nbs/exercises/03_init_exercises.ipynb #9649db26
 def check_truncated_normal_(
@@ -90,7 +90,7 @@ def check_delta_orthogonal_(
             assert str(error), f"shape {shape}: say in the error what is wrong"
         else: raise AssertionError(f"shape {shape} has {why}: raise a ValueError")
 
-# %% ../../nbs/exercises/03_init_exercises.ipynb #585e3f86
+# %% ../../nbs/exercises/03_init_exercises.ipynb #44cdd962
 def check_predictions(
     answer,  # dict with the keys leak, absolute, forgotten, residual, kernel
 ) -> None:
@@ -105,11 +105,7 @@ def check_predictions(
                  forgotten="the layer's weights put back something that nobody took",
                  residual="compound interest: 1 + 1/L, L times",
                  kernel="the bound is 1/√fan_in, and a kernel counts in the fan")
-    assert isinstance(answer, dict), f"answer with a dict of the keys {list(truth)}, got {answer!r}"
-    for key, value in truth.items():
-        assert isinstance(answer.get(key), (int, float)), (
-            f"{key!r} needs a number: {answer.get(key)!r}")
-        assert abs(answer[key]/value - 1) < .03, f"{key!r} is not {answer[key]:g}: {hints[key]}"
+    check_numbers(answer, truth, hints, tol=.03)
 
 # %% ../../nbs/exercises/03_init_exercises.ipynb #24d7f46b
 def check_log_rms_spread(

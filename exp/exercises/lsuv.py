@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['check_per_channel_', 'check_calm_std', 'check_first_dead', 'check_predictions', 'check_centred']
 
-# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #a9bfe8dc
+# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #71c6eba7
 import copy
 import math
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..init import gaussian_mean
-from ..setup import attempt
+from ..setup import attempt, check_numbers
 
 # %% ../../nbs/exercises/07_lsuv_exercises.ipynb #8d79d3a9
 def _channel_stats(y):
@@ -137,7 +137,7 @@ def check_first_dead(
         "with share=.5 a layer is dead that has less than half of its variance from the "
         "inputs: use the argument")
 
-# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #55309f3a
+# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #74bffdda
 def check_predictions(
     answer,  # dict with the keys all_at_once, tripled, behind, bounded, centred
 ) -> None:
@@ -151,12 +151,7 @@ def check_predictions(
                  behind="the mean square is ½ and the mean 1/√(2π)",
                  bounded="half of the values at one end, half at the other",
                  centred="the slope's mean square is ½; 28 layers of √χ")
-    assert isinstance(answer, dict), (
-        f"answer with a dict of the keys {list(truth)}, got {answer!r}")
-    for key, value in truth.items():
-        given = answer.get(key)
-        assert isinstance(given, (int, float)), f"{key!r} needs a number, got {given!r}"
-        assert abs(given/value - 1) < .03, f"{key!r} is not {given:g}: {hints[key]}"
+    check_numbers(answer, truth, hints, tol=.03)
 
 # %% ../../nbs/exercises/07_lsuv_exercises.ipynb #8940d9a4
 _SIX = {"sigmoid": torch.sigmoid, "softplus": F.softplus, "relu": F.relu, "abs": torch.abs,

@@ -4,14 +4,14 @@
 __all__ = ['check_inverse_sqrt', 'check_warm_stable_decay', 'check_layerwise', 'check_greedy_rates', 'check_predictions',
            'check_anytime']
 
-# %% ../../nbs/exercises/05a_schedules_exercises.ipynb #7c1aa8b0
+# %% ../../nbs/exercises/05a_schedules_exercises.ipynb #a4d4f805
 import math
 
 import torch
 
 from ..learner import Callback, DataLoaders, Learner
 from ..schedule import ParamScheduler, cosine, linear, warm_restarts
-from ..setup import attempt
+from ..setup import attempt, check_numbers
 
 # %% ../../nbs/exercises/05a_schedules_exercises.ipynb #387411e6
 def check_inverse_sqrt(
@@ -111,7 +111,7 @@ def check_greedy_rates(
                 "one less; set the derivative of (1-η)²V + η² by η to zero"
             V = after
 
-# %% ../../nbs/exercises/05a_schedules_exercises.ipynb #e7fafec1
+# %% ../../nbs/exercises/05a_schedules_exercises.ipynb #9bd16244
 def check_predictions(
     answer,  # dict with the keys last, restart, effective, floor, falling
 ) -> None:
@@ -122,11 +122,7 @@ def check_predictions(
                  effective="a rate that counts is η/(1-μ)",
                  floor="it goes with η·σ², and a mean of four times the items has σ²/4",
                  falling="the fall runs from 0.3 to 1, so 0.65 is the middle of a cosine")
-    assert isinstance(answer, dict), f"answer with a dict of keys {[*truth]}, got {answer!r}"
-    for key, value in truth.items():
-        assert isinstance(answer.get(key), (int, float)), \
-            f"{key!r} needs a number, got {answer.get(key)!r}"
-        assert abs(answer[key]/value - 1) < .01, f"{key!r} is not {answer[key]:g}: {hints[key]}"
+    check_numbers(answer, truth, hints)
 
 # %% ../../nbs/exercises/05a_schedules_exercises.ipynb #8aaa5adc
 def check_anytime(

@@ -484,7 +484,6 @@ def test_tensors_do_not_pile_up():
 
 
 def test_import_is_light():
-    code = ("import time, torch; t = time.perf_counter(); import exp.learner, sys; print(time.perf_counter() - t);"
-            "print([m for m in ('matplotlib', 'fastprogress', 'IPython', 'pandas') if m in sys.modules])")
+    code = "import exp.learner, sys; print([m for m in ('matplotlib', 'fastprogress', 'IPython', 'pandas') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines()
-    assert out[1] == "[]" and float(out[0]) < 3          # that it is below 150 ms is measured by `make bench`
+    assert out[0] == "[]"                                # the time it takes is measured by `make bench`

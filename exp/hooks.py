@@ -425,7 +425,7 @@ def summary(
     return Summary(rows, sum(p.numel() for p in params),
                    sum(p.numel() for p in params if p.requires_grad))
 
-# %% ../nbs/05b_cnn_hooks.ipynb #3bb18f22
+# %% ../nbs/05b_cnn_hooks.ipynb #8c9e0ae3
 def _thin(x: Tensor, sample: int) -> Tensor:
     "About `sample` values at most, evenly spread; a step prime to the size visits all positions."
     step = max(1, -(-x.numel()//sample))
@@ -480,7 +480,9 @@ class ActivationStats(Callback):
         mean, flat = x.mean(), x.flatten()
         away = flat - mean
         sample = _thin(flat, self.sample).clone()
-        self._now[hook.name] = mean, away.dot(away), len(flat), self._dead(x), sample
+        # dot is quicker, but beyond a million values its roundings add up
+        squares = away.dot(away) if len(flat) <= 1 << 20 else away.square_().sum()
+        self._now[hook.name] = mean, squares, len(flat), self._dead(x), sample
 
     def _dead(self, x: Tensor) -> Tensor:
         "For each unit: does it give the same for all items? NaN for a batch of one."

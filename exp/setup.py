@@ -88,12 +88,13 @@ def attempt(
     if result is None: raise AssertionError(f"{call} returned None: does it end with `return`?")
     return result
 
-# %% ../nbs/00_setup.ipynb #a668d633
+# %% ../nbs/00_setup.ipynb #22aa956e
 def check_numbers(
-    answer,            # a reader's dict: question -> number
-    right: dict,       # question -> the right number
-    hints: dict,       # question -> what to think about
-    tol: float = .01,  # allowed error, as a share of the right number
+    answer,             # a reader's dict: question -> number
+    right: dict,        # question -> the right number
+    hints: dict,        # question -> what to think about
+    rtol: float = .01,  # allowed error, as a share of the right number
+    atol: float = 0.,   # allowed error; the larger of the two counts
 ) -> None:
     "Check predictions. Raises: AssertionError with the hint for the first that is wrong."
     advice = f"answer with a dict of the keys {list(right)}"
@@ -101,4 +102,5 @@ def check_numbers(
     for key, value in right.items():
         given = answer.get(key)
         assert isinstance(given, (int, float)), f"{key!r} needs a number, got {given!r}: {advice}"
-        assert abs(given - value) <= tol*abs(value), f"{key!r} is not {given:g}: {hints[key]}"
+        close = abs(given - value) <= max(rtol*abs(value), atol)
+        assert close, f"{key!r} is not {given:g}: {hints[key]}"

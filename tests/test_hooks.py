@@ -425,6 +425,15 @@ def test_rows_that_settle_early_are_all_there(n):
     torch.testing.assert_close(stats.stds[-1], torch.stack([p.std(correction=0) for p in seen]))
 
 
+@pytest.mark.parametrize("n", [1000, 1 << 20, (1 << 20) + 1, 1 << 24])
+def test_std_is_exact_at_any_size_and_distance(n):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).mul_(.1).add_(3)[None]
+    stats = ActivationStats(find_layers)
+    Learner(nn.Sequential(nn.Identity(), nn.Identity()), DataLoaders([(x, None)]), lambda p, y: (p*0).sum().requires_grad_(), opt_func=lambda ps, lr: torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr), cbs=[stats]).fit(1)
+    true = x.double().std(correction=0).item()
+    assert abs(stats.stds[0, 0].item()/true - 1) < 1e-6
+
+
 def test_stats_keep_no_model_and_no_activation():
     model, stats = simple_cnn((4,)), ActivationStats()
     train(model, [stats])

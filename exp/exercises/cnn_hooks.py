@@ -168,7 +168,7 @@ def check_GradientFlow(
     assert not left(twin), \
         "after a training that failed, hooks were left: after_fit is heard then, too"
 
-# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #b66c4d5e
+# %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #abc5eef7
 def check_predictions(
     answer,  # dict with the keys size, params, flops, field, dead, silenced
 ) -> None:
@@ -181,7 +181,7 @@ def check_predictions(
                  field="r grows by (k - 1)·j; j is 1, then 2, then 4",
                  dead="how many of the ReLU's 16 channels can never fire?",
                  silenced="with 4 groups, which filters see nothing but the four dead channels?")
-    check_numbers(answer, truth, hints, tol=1e-6)
+    check_numbers(answer, truth, hints, rtol=0, atol=1e-6)
 
 # %% ../../nbs/exercises/05b_cnn_hooks_exercises.ipynb #f45efa0f
 def check_product_share(

@@ -90,7 +90,7 @@ def check_delta_orthogonal_(
             assert str(error), f"shape {shape}: say in the error what is wrong"
         else: raise AssertionError(f"shape {shape} has {why}: raise a ValueError")
 
-# %% ../../nbs/exercises/03_init_exercises.ipynb #44cdd962
+# %% ../../nbs/exercises/03_init_exercises.ipynb #0a8c6e38
 def check_predictions(
     answer,  # dict with the keys leak, absolute, forgotten, residual, kernel
 ) -> None:
@@ -105,7 +105,7 @@ def check_predictions(
                  forgotten="the layer's weights put back something that nobody took",
                  residual="compound interest: 1 + 1/L, L times",
                  kernel="the bound is 1/√fan_in, and a kernel counts in the fan")
-    check_numbers(answer, truth, hints, tol=.03)
+    check_numbers(answer, truth, hints, rtol=.03)
 
 # %% ../../nbs/exercises/03_init_exercises.ipynb #24d7f46b
 def check_log_rms_spread(

@@ -137,7 +137,7 @@ def check_first_dead(
         "with share=.5 a layer is dead that has less than half of its variance from the "
         "inputs: use the argument")
 
-# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #74bffdda
+# %% ../../nbs/exercises/07_lsuv_exercises.ipynb #224ff0ae
 def check_predictions(
     answer,  # dict with the keys all_at_once, tripled, behind, bounded, centred
 ) -> None:
@@ -151,7 +151,7 @@ def check_predictions(
                  behind="the mean square is ½ and the mean 1/√(2π)",
                  bounded="half of the values at one end, half at the other",
                  centred="the slope's mean square is ½; 28 layers of √χ")
-    check_numbers(answer, truth, hints, tol=.03)
+    check_numbers(answer, truth, hints, rtol=.03)
 
 # %% ../../nbs/exercises/07_lsuv_exercises.ipynb #8940d9a4
 _SIX = {"sigmoid": torch.sigmoid, "softplus": F.softplus, "relu": F.relu, "abs": torch.abs,

@@ -118,7 +118,7 @@ def check_split_decay(
             f"the group with decay {wd} holds {shapes}: look at p.ndim and p.requires_grad")
         assert g.get("weight_decay") == wd, f"a group's weight_decay is not {wd}: name it"
 
-# %% ../../nbs/exercises/09_optimizers_exercises.ipynb #52b4378b
+# %% ../../nbs/exercises/09_optimizers_exercises.ipynb #00f9e4b1
 def check_predictions(
     answer,  # dict: number of the question -> number
 ) -> None:
@@ -129,4 +129,4 @@ def check_predictions(
              3: "two averages, each with a number for every weight and every bias",
              4: "no debiasing in the stat: the weights so far sum to 1 - βᵗ",
              5: "m is 0, so only decay acts, and it multiplies"}
-    check_numbers(answer, right, hints, tol=.001)
+    check_numbers(answer, right, hints, rtol=0, atol=6e-4)

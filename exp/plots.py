@@ -6,24 +6,29 @@
 __all__ = ['PALETTE', 'subplots', 'show_image', 'show_images', 'plot_lines']
 
 # %% ../nbs/00b_plots.ipynb #4512f235
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+if TYPE_CHECKING: from matplotlib.axes import Axes
+
 # %% ../nbs/00b_plots.ipynb #248096d3
-def _to_hwc(
-    im,        # (h, w), (1|3|4, h, w) or (h, w, 1|3|4); bool, uint8 or float in [0, 1]
-) -> Tensor:   # (h, w) or (h, w, 3|4), float32 in [0, 1], on the CPU
+def _drawable(im: ArrayLike) -> np.ndarray:  # (h, w) or (h, w, 3|4), float32 in [0, 1]
     "An image in the layout and range that Matplotlib draws, its values not stretched."
-    x = torch.as_tensor(im).detach().cpu()
-    if x.ndim == 3 and x.shape[0] in (1, 3, 4): x = x.permute(1, 2, 0)   # PyTorch's layout
+    x = (im if isinstance(im, Tensor) else torch.from_numpy(np.array(im))).detach().cpu()
+    shape, whole = tuple(x.shape), not (x.is_floating_point() or x.dtype == torch.bool)
+    if x.ndim == 3 and shape[0] in (1, 3, 4): x = x.permute(1, 2, 0)   # PyTorch's layout
     if x.ndim == 3 and x.shape[-1] == 1: x = x[..., 0]
-    if x.ndim not in (2, 3) or x.ndim == 3 and x.shape[-1] not in (3, 4) or not x.numel():
-        shape = tuple(torch.as_tensor(im).shape)
-        raise ValueError("an image is (h, w), (1|3|4, h, w) or (h, w, 1|3|4); "
-                         f"got {shape}: index or reshape it first")
-    x = x.float()/255 if x.dtype == torch.uint8 else x.float()
-    return x.clamp(0, 1)
+    fits = x.numel() and (x.ndim == 2 or x.ndim == 3 and x.shape[-1] in (3, 4))
+    if not fits: raise ValueError(f"an image is (h, w), (1|3|4, h, w), (h, w, 1|3|4), not {shape}")
+    x = x.float()/255 if whole else x.float()
+    if x.max() > (1 if whole else 16): raise ValueError(
+        "an image has bytes, or floats in [0, 1], but this one is brighter: divide it first")
+    return x.clamp(0, 1).numpy()
 
 # %% ../nbs/00b_plots.ipynb #db9e5f7b
 # Okabe & Ito's eight colours: told apart by readers with every common form of colour blindness.
@@ -41,7 +46,7 @@ def subplots(
     ncols: int = 1,                # columns of axes
     figsize: tuple | None = None,  # width and height, inches; about 5×3 for each axes by default
     **kwargs,                      # passed on to plt.subplots (sharex, squeeze, …)
-):                                 # figure, axes: as plt.subplots returns them
+) -> tuple:                        # figure, axes: as plt.subplots returns them
     "Make a figure in our style; Matplotlib's global settings stay. Same as: plt.subplots."
     import matplotlib.pyplot as plt
     from cycler import cycler
@@ -52,89 +57,76 @@ def subplots(
 
 # %% ../nbs/00b_plots.ipynb #308281ab
 def show_image(
-    im,                        # (h, w), (1|3|4, h, w) or (h, w, 1|3|4); as _to_hwc takes them
-    title: str | None = None,  # a word above the image
-    ax=None,                   # axes to draw on; a new 2×2 inch figure by default
-):                             # the axes
-    """Draw one image, without axes and without stretching its values.
+    im: ArrayLike,              # (h, w), (1|3|4, h, w), (h, w, 1|3|4): bytes, or floats in [0, 1]
+    title: str | None = None,   # a word above the image
+    ax: "Axes | None" = None,   # axes to draw on; a new 2×2 inch figure by default
+) -> "Axes":                    # the axes
+    """Draw one image, without axes and without stretching its values; what is outside is cut off.
 
-    Raises: ValueError on another shape."""
-    x = _to_hwc(im)
+    Raises: ValueError on another shape, or on pixels of another range."""
+    pixels = _drawable(im)
     if ax is None: ax = subplots(figsize=(2, 2))[1]
-    ax.imshow(x.numpy(), cmap="gray", vmin=0, vmax=1)
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=1)
     ax.set_axis_off()
-    if title is not None: ax.set_title(str(title), loc="center", fontsize=9)
+    if title is not None: ax.set_title(f"{title}", loc="center", fontsize=9)
     return ax
 
 # %% ../nbs/00b_plots.ipynb #da562661
 def show_images(
-    ims,                         # images as show_image takes them, or a (n, …) tensor
-    titles=None,                 # a word per image, or None
-    ncols: int | None = None,    # images per row; chosen from the number of images by default
-    size: float = 1.5,           # inches per image
-    suptitle: str | None = None,  # a sentence above the grid
-):                               # flat list of the axes that hold an image
-    """Draw images in a grid.
-
-    Raises: ValueError on no images, or on titles that don't pair with them."""
+    ims: Iterable,                   # images as show_image takes them, or a (n, …) tensor
+    titles: Sequence | None = None,  # a word per image
+    ncols: int = 8,                  # images per row, at most
+    size: float = 1.5,               # inches per image
+    suptitle: str | None = None,     # a sentence above the grid
+) -> list:                           # the axes that hold an image
+    "Draw images in a grid. Raises: ValueError unless there are images, and as many titles."
     ims = list(ims)
-    if not ims: raise ValueError("show_images got no images: pass at least one")
-    if titles is not None and len(titles) != len(ims):
-        raise ValueError(f"got {len(ims)} images but {len(titles)} titles: give each image one")
-    ncols = min(ncols or 8, len(ims))
+    words = [None]*len(ims) if titles is None else list(titles)
+    if not 0 < len(ims) == len(words):
+        raise ValueError(f"got {len(ims)} images and {len(words)} titles: give each image one")
+    ncols = min(ncols, len(ims))
     nrows = -(-len(ims)//ncols)
     height = (size + (titles is not None)*.22)*nrows + bool(suptitle)*.3   # room for words, inches
     fig, axes = subplots(nrows, ncols, figsize=(size*ncols, height), squeeze=False)
-    flat = list(axes.flat)
-    for ax in flat: ax.set_axis_off()
-    for im, word, ax in zip(ims, titles if titles is not None else [None]*len(ims), flat):
-        show_image(im, word, ax)
+    for ax in axes.flat: ax.set_axis_off()
     if suptitle: fig.suptitle(suptitle, x=0.01, ha="left", fontsize=11)
-    return flat[:len(ims)]
+    return [show_image(im, word, ax) for im, word, ax in zip(ims, words, axes.flat)]
 
 # %% ../nbs/00b_plots.ipynb #3a5616e3
+def _rows(y: ArrayLike) -> np.ndarray:  # (n_seeds, n)
+    "Numbers, or rows of numbers, as rows."
+    return np.atleast_2d([v.tolist() if isinstance(v, Tensor) else v for v in y]).astype(float)
+
+
 def plot_lines(
-    ys: dict,             # label -> (n,) numbers, or (n_seeds, n) rows drawn as mean ± sd
-    x=None,               # (n,) positions; 0, 1, 2, … by default
+    ys: dict[str, ArrayLike],     # label -> (n,) numbers, or (n_seeds, n) rows drawn as mean ± sd
+    x: ArrayLike | None = None,   # (n,) positions; 0, 1, 2, … by default
     *,
-    xlabel: str,          # name and unit of the horizontal axis
-    ylabel: str,          # name and unit of the vertical axis
-    title: str,           # what the picture shows: the finding
-    logx: bool = False,   # logarithmic horizontal axis
-    logy: bool = False,   # logarithmic vertical axis
-    ax=None,              # axes to draw on; a new figure by default
-):                        # the axes
+    xlabel: str,                  # name and unit of the horizontal axis
+    ylabel: str,                  # name and unit of the vertical axis
+    title: str,                   # what the picture shows: the finding
+    logx: bool = False,           # logarithmic horizontal axis
+    logy: bool = False,           # logarithmic vertical axis
+    ax: "Axes | None" = None,     # axes to draw on; a new figure by default
+) -> "Axes":                      # the axes
     """Draw labelled curves; several rows under one label become their mean ± sample sd.
 
-    Raises: ValueError on no curves, or on x and y of different lengths."""
+    Raises: ValueError on no curves, and on one without points or with more or fewer than x."""
     if not ys: raise ValueError("plot_lines got no curves: pass a dict of label -> numbers")
     if ax is None: ax = subplots()[1]
     for i, (label, y) in enumerate(ys.items()):
-        _plot_band(ax, label, y, x, PALETTE[i % len(PALETTE)])
+        rows = _rows(y)
+        n = rows.shape[1]
+        xs = np.arange(n) if x is None else _rows(x)[0]
+        if not 0 < n == len(xs): raise ValueError(f"{label!r} has {n} points but x has {len(xs)}")
+        mean, color = rows.mean(0), PALETTE[i % len(PALETTE)]
+        ax.plot(xs, mean, color=color, label=label)
+        if len(rows) > 1:
+            sd = rows.std(0, ddof=1)
+            ax.fill_between(xs, mean - sd, mean + sd, color=color, alpha=.2, linewidth=0)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, loc="left")
     if logx: ax.set_xscale("log")
     if logy: ax.set_yscale("log")
     if len(ys) > 1: ax.legend()
     return ax
-
-
-def _rows(y) -> Tensor:  # (n_seeds, n), float64, on the CPU
-    "Numbers, or rows of numbers, as rows."
-    y = np.array([v.tolist() if isinstance(v, Tensor) else v for v in y], dtype=float)
-    return torch.from_numpy(y).reshape(-1, y.shape[-1])
-
-
-def _plot_band(ax, label, y, x, color):
-    "One curve of plot_lines, with its band when there are several rows."
-    rows = _rows(y)
-    xs = torch.arange(rows.shape[1]) if x is None else torch.as_tensor(x).detach().cpu()
-    if len(xs) != rows.shape[1]:
-        raise ValueError(f"curve {label!r} has {rows.shape[1]} points but x has {len(xs)}: "
-                         "give both the same length")
-    mean = rows.mean(0)
-    ax.plot(xs.numpy(), mean.numpy(), color=color, label=label)
-    if len(rows) > 1:
-        sd = rows.std(0)
-        low, high = (mean - sd).numpy(), (mean + sd).numpy()
-        ax.fill_between(xs.numpy(), low, high, color=color, alpha=.2, linewidth=0)

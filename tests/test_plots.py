@@ -1,10 +1,12 @@
 "exp.plots: values are never stretched, layouts agree, bands are sample standard deviations, bad input is named."
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from exp import plots
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +36,7 @@ def test_values_are_not_stretched():
 
 @pytest.mark.parametrize("shape", [(784,), (2, 3, 4, 5), (5, 8, 8), (0, 3), ()])
 def test_bad_shapes_are_named(shape):
-    with pytest.raises(ValueError, match="image is"): plots.show_image(torch.rand(shape))
+    with pytest.raises(ValueError, match=re.escape(f"not {shape}")): plots.show_image(torch.rand(shape))
 
 
 def test_a_tensor_that_needs_gradients_is_drawn(): plots.show_image(torch.rand(2, 2, requires_grad=True))
@@ -43,8 +45,10 @@ def test_a_tensor_that_needs_gradients_is_drawn(): plots.show_image(torch.rand(2
 def test_grids():
     axes = plots.show_images(torch.rand(5, 4, 4), titles=list("abcde"), ncols=3, suptitle="five")
     assert len(axes) == 5 and len(axes[0].figure.axes) == 6 and [a.get_title() for a in axes] == list("abcde")
-    with pytest.raises(ValueError, match="no images"): plots.show_images([])
-    with pytest.raises(ValueError, match="2 images but 1 titles"): plots.show_images(torch.rand(2, 3, 3), ["x"])
+    some = plots.show_images((im for im in torch.rand(3, 4, 4)), titles=torch.arange(3))
+    assert [a.get_title() for a in some] == list("012")
+    with pytest.raises(ValueError, match="got 0 images"): plots.show_images([])
+    with pytest.raises(ValueError, match="2 images and 1 titles"): plots.show_images(torch.rand(2, 3, 3), ["x"])
 
 
 @given(st.integers(2, 6), st.integers(2, 9))
@@ -75,6 +79,35 @@ def test_bad_curves_are_named():
     with pytest.raises(ValueError, match="no curves"): plots.plot_lines({}, xlabel="x", ylabel="y", title="t")
     with pytest.raises(ValueError, match="'loss' has 3 points but x has 2"): plots.plot_lines({"loss": [1, 2, 3]}, x=[1, 2], xlabel="x", ylabel="y", title="t")
     with pytest.raises(TypeError): plots.plot_lines({"a": [1]})
+    for nothing in ([], np.zeros(0), torch.zeros(2, 0), [[], []]):
+        for x in (None, []):
+            with pytest.raises(ValueError, match="'nothing' has 0 points"): plots.plot_lines({"nothing": nothing}, x, xlabel="x", ylabel="y", title="t")
+
+
+@settings(max_examples=12)
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=20), st.sampled_from([np.uint8, np.int16, np.uint16, np.int32, np.int64]), st.booleans())
+def test_whole_numbers_are_bytes(levels, dtype, tensor):
+    im = np.array([levels], dtype)
+    got = drawn(plots.show_image(torch.from_numpy(im) if tensor else im))
+    plt.close("all")
+    np.testing.assert_array_equal(got, np.float32([levels])/np.float32(255))
+
+
+@pytest.mark.parametrize("im", [np.uint16([[1000, 2000]]), np.int64([[0, 256]]), np.float32([[0, 252]]), torch.tensor([[17.]]), np.array([[3, 70_000]])])
+def test_a_range_that_is_none_of_an_image_is_refused(im):
+    "Everything beyond 1 would be white: bytes as floats, 16-bit pictures."
+    with pytest.raises(ValueError, match="divide it first"): plots.show_image(im)
+
+
+def test_a_photo_of_pillow_is_drawn():
+    from PIL import Image
+    assert drawn(plots.show_image(Image.new("RGB", (3, 2), (255, 0, 51)))).tolist() == [[[1., 0., np.float32(.2)]]*3]*2
+
+
+def test_nothing_given_is_changed():
+    im, y = torch.tensor([[-1., 2.]]), np.array([[1., 2.], [3., 4.]])
+    plots.show_image(im); plots.plot_lines({"y": y}, xlabel="x", ylabel="y", title="t")
+    assert im.tolist() == [[-1, 2]] and y.tolist() == [[1, 2], [3, 4]]
 
 
 def test_the_global_style_is_left_alone():

@@ -2,11 +2,14 @@
 import gc
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -15,7 +18,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from exp import testing
-from exp.testing import race, record, result_text, results_table, table, test_like
+from exp.setup import device_name
+from exp.testing import best_rate, race, record, result_text, results_table, table, test_like
 
 # --- test_like -----------------------------------------------------------------------------------------------------------
 
@@ -71,24 +75,16 @@ def test_agrees_with_assert_close(shape, dtype, seed):
     (torch.tensor(1.), 1j, False), (torch.tensor(44, dtype=torch.uint8), 300, False), (torch.tensor([1]), 1, False), (2**40 + 1, 2**40, False),
     (torch.ones(2).half(), [1, 1], True), (torch.tensor([[1., 2.], [3., 4.]]), [[1, 2], [3, 4]], True), ([1, 2], torch.tensor([1, 2]), True),
     (torch.ones(2), [1, 1, 1], False), (torch.ones(2, 1), [1, 1], False), (torch.ones(0), [], True), (torch.ones(0, dtype=torch.int64), [], True),
-    (torch.ones(2), [[1], [1, 1]], None),
     # structures
     ([1, 2, 3], [1, 2, 3], True), ([1, 2, 3], [1, 2], False), ((1, 2), [1, 2], True), ([], [], True), (torch.ones(3, 4).shape, (3, 4), True),
     ([torch.ones(2), 3.], [torch.ones(2), 3.], True), ([torch.ones(2), 3.], [torch.ones(2), 4.], False),
     (dict(a=torch.ones(2)), dict(a=torch.ones(2)), True), (dict(a=1), dict(b=1), False), (dict(a=1), dict(a=1, b=2), False),
     (dict(a=[1, dict(b=2)]), dict(a=[1, dict(b=3)]), False), (torch.nn.Linear(2, 1).state_dict(), {}, False),
     # not numbers at all
-    (None, 1., False), ("1", 1., False), (object(), torch.ones(1), False), ([None], [1.], False), ([torch.ones(1)], torch.ones(1, 1), False),
+    (None, 1., False), ("1", 1., False), (object(), torch.ones(1), False), ([None], [1.], False), (torch.ones(2), [[1], [1, 1]], False),
+    (torch.ones(1), None, False), (torch.ones(1), "text", False), (torch.ones(1), {1: 2}, False), (torch.ones(1), np.array(["a"]), False), (None, None, False),
 ])
-def test_cases(a, b, same):
-    if same is None:
-        with pytest.raises(TypeError, match="expected"): test_like(a, b)
-    else: assert alike(a, b) == same
-
-
-@pytest.mark.parametrize("expected", [None, "text", object(), [[1], [1, 2]], {1: 2}, np.array(["a"])])
-def test_a_bad_expectation_is_the_callers_fault(expected):
-    with pytest.raises(TypeError, match="expected is"): test_like(torch.ones(1), expected)
+def test_cases(a, b, same): assert alike(a, b) == same
 
 
 def test_tolerances():
@@ -103,16 +99,16 @@ def test_tolerances():
 
 
 @pytest.mark.parametrize("a, b, words", [
-    (torch.ones(4, 3), torch.ones(1), ["shapes differ", r"\(4, 3\)", r"\(1,\)"]),
-    (torch.ones(2).half(), torch.ones(2), ["dtypes differ", "float16", "float32"]),
-    (torch.ones(2, device="meta"), torch.ones(2), ["devices differ", "meta", "cpu"]),
-    (torch.tensor([[1., 2.], [3., 9.]]), torch.tensor([[1., 2.], [3., 4.]]), [r"\(1, 1\)", "actual 9.0", "expected 4.0", "1 / 4"]),
-    (torch.tensor([0., torch.nan]), torch.zeros(2), ["actual nan", "expected 0.0"]),
-    ([1., [2., 3.]], [1., [2., 4.]], [r"\[1\] \[1\]", "expected 4.0"]),
+    (torch.ones(4, 3), torch.ones(1), ["'shape'", r"\[4, 3\]", r"\[1\]"]),
+    (torch.ones(2).half(), torch.ones(2), ["'dtype'", "float16", "float32"]),
+    (torch.ones(2, device="meta"), torch.ones(2), ["'device'", "meta", "cpu"]),
+    (torch.tensor([[1., 2.], [3., 9.]]), torch.tensor([[1., 2.], [3., 4.]]), [r"\(1, 1\)", "difference: 5.0", "1 / 4"]),
+    (torch.tensor([0., torch.nan]), torch.zeros(2), ["difference: nan", r"\(1,\)"]),
+    ([1., [2., 3.]], [1., [2., 4.]], [r"^\[1\] \[1\] "]),
     (dict(w=torch.ones(2)), dict(w=torch.zeros(2)), [r"\['w'\]"]),
-    ([1], [1, 2], ["lengths differ: 1, expected 2"]),
+    ([1], [1, 2], [r"keys differ: \[0\], expected \[0, 1\]"]),
     (dict(a=1), dict(b=1), ["keys differ", "'a'", "'b'"]),
-    (None, torch.ones(1), ["NoneType", "return"]),
+    (None, torch.ones(1), ["None is no tensor", "returned"]),
 ])
 def test_the_message_says_what_and_where(a, b, words):
     with pytest.raises(AssertionError) as caught: test_like(a, b)
@@ -130,20 +126,20 @@ def test_race_orders_checks_and_shows():
     x = torch.ones(5)
     run = race({"slow": slow, "quick": quick}, x, repeats=5, title="a race")
     assert [row["version"] for row in run.rows] == ["slow", "quick"]
-    assert set(run.rows[0]) == {"version", "seconds", "speedup", "max_error", "times"}
+    assert set(run.rows[0]) == {"version", "seconds", "speedup", "max_error", "times", "steady"}
     assert run.seconds["slow"] >= .004 > run.seconds["quick"] and run.rows[0]["speedup"] == 1 and run.rows[1]["speedup"] > 2
     assert run.errors == {"slow": 0., "quick": 0.} and all(len(row["times"]) == 5 for row in run.rows)
     text = repr(run)
-    assert text.startswith("a race\n\n| version") and "slow" in text and "ms" in text and "max error" in text
-    assert run._repr_markdown_().startswith("**a race**\n\n|")
+    assert text.startswith("**a race**\n\n| version") and "slow" in text and "ms" in text and "max error" in text
+    assert run._repr_markdown_() == text == run
     assert race({"slow": slow, "quick": quick}, x, repeats=1, baseline="quick").rows[0]["speedup"] < 1
 
 
 def test_race_names_the_version_that_is_wrong():
     with pytest.raises(AssertionError, match="'off'"): race({"good": quick, "off": lambda x: x + 2}, torch.ones(2))
     with pytest.raises(AssertionError, match="'good'"): race({"good": quick}, torch.ones(2), check=torch.zeros(2))
-    with pytest.raises(AssertionError, match="'wide'.*shapes"): race({"wide": lambda x: x[None]}, torch.ones(2), check=torch.ones(2))
-    with pytest.raises(AssertionError, match="'half'.*dtypes"): race({"good": quick, "half": lambda x: (x + 1).half()}, torch.ones(2))
+    with pytest.raises(AssertionError, match="'wide'.*'shape'"): race({"wide": lambda x: x[None]}, torch.ones(2), check=torch.ones(2))
+    with pytest.raises(AssertionError, match="'half'.*'dtype'"): race({"good": quick, "half": lambda x: (x + 1).half()}, torch.ones(2))
     with pytest.raises(AssertionError, match="return"): race({"forgets": lambda x: None}, torch.ones(2), check=torch.ones(2))
 
 
@@ -191,16 +187,108 @@ def test_race_leaves_the_garbage_collector_as_it_was():
     finally: gc.enable()
 
 
-@pytest.mark.parametrize("funcs, kwargs, error, word", [
-    ({}, {}, ValueError, "empty"), ({"a": 3}, {}, TypeError, r"funcs\['a'\] is a int"), ({"a": quick}, dict(repeats=0), ValueError, "repeats is 0"),
-    ({"a": quick}, dict(baseline="b"), ValueError, r"'b'.*\['a'\]"), ({"a": quick}, dict(rtol=-1.), ValueError, "rtol"),
-])
-def test_race_refuses(funcs, kwargs, error, word):
-    with pytest.raises(error, match=word): race(funcs, torch.ones(1), **kwargs)
+@pytest.mark.parametrize("funcs, kwargs, error", [({"a": 3}, {}, TypeError), ({"a": quick}, dict(baseline="b"), KeyError), ({"a": quick}, dict(rtol=-1.), ValueError)])
+def test_race_refuses(funcs, kwargs, error):
+    with pytest.raises(error): race(funcs, torch.ones(1), repeats=1, **kwargs)
+
+
+class Clock:
+    "Time that passes only while `work` is done."
+    def __init__(self, monkeypatch): self.now = 0.; monkeypatch.setattr(testing.time, "perf_counter", lambda: self.now)
+    def work(self, seconds): self.now += seconds
+
+
+def test_a_median_that_contradicts_the_first_call_is_measured_again(monkeypatch):
+    clock, calls = Clock(monkeypatch), itertools.count()
+    def disturbed(): clock.work(.01 if 1 <= next(calls) <= 3 else .001)          # the whole first series falls into a busy moment
+    run = race({"disturbed": disturbed, "calm": lambda: clock.work(.001)}, check=False, repeats=3)
+    assert run.seconds == pytest.approx({"disturbed": .001, "calm": .001}) and all(row["steady"] for row in run.rows) and "~" not in run
+
+
+def test_a_median_that_stays_contradictory_is_marked(monkeypatch):
+    clock, calls = Clock(monkeypatch), itertools.count()
+    run = race({"slows down": lambda: clock.work(.01 if next(calls) else .001)}, check=False, repeats=3)
+    assert not run.rows[0]["steady"] and "~10.00 ms" in run and next(calls) == 1 + 3*3, "two more series, no more"
+
+
+@given(st.floats(1e-6, 1e-2), st.floats(.1, 2.9))
+def test_steady_times_are_measured_once(first, factor):
+    with pytest.MonkeyPatch.context() as patch:
+        clock, calls = Clock(patch), itertools.count()
+        run = race({"a": lambda: clock.work(first*(factor if next(calls) else 1))}, check=False, repeats=2)
+    n = max(1, math.ceil(2e-4/first))
+    assert run.rows[0]["steady"] and run.seconds["a"] == pytest.approx(first*factor) and next(calls) <= 1 + 2*(n + 1)
 
 
 @pytest.mark.parametrize("seconds, text", [(7.891, "7.89 s"), (123.4, "123 s"), (.0123, "12.3 ms"), (.001, "1.00 ms"), (4.56e-6, "4.56 µs"), (2e-9, "0.00 µs"), (4321., "4,321 s")])
-def test_times_read_well(seconds, text): assert testing._time_text(seconds) == text
+def test_times_read_well(monkeypatch, seconds, text):
+    clock = Clock(monkeypatch)
+    assert re.search(rf"\| +{text} \|", race({"a": lambda: clock.work(seconds)}, check=False, repeats=1))
+
+
+# --- best_rate -------------------------------------------------------------------------------------------------------------
+
+
+def means(found): return [sum(row["scores"])/len(row["scores"]) for row in found.rows]
+
+
+@given(optimum=st.floats(-7, 7), low=st.floats(-3, 3), step=st.floats(.3, 2), n=st.integers(2, 4), sharp=st.floats(.5, 3), sign=st.sampled_from([1, -1]))
+def test_the_best_of_one_valley_is_never_an_edge(optimum, low, step, n, sharp, sign):
+    grid = [math.exp(low + i*step) for i in range(n)]
+    need = max((low - optimum)/step, (optimum - low - (n - 1)*step)/step, 0) + 3             # steps to reach it, and one beyond
+    found = best_rate(lambda rate, seed: sign*abs(math.log(rate) - optimum)**sharp, grid, lower_is_better=sign == 1, limit=math.ceil(need))
+    rates = [row["rate"] for row in found.rows]
+    assert not found.at_edge and rates == sorted(rates) and rates[0] < found.best < rates[-1]
+    assert abs(math.log(found.best) - optimum) <= step/2 + 1e-6, "the best of the whole grid, were it endless"
+    assert {math.exp(low + i*step) for i in range(n)} <= set(rates) and len(rates) <= n + need + 1
+    steps = [math.log(b/a) for a, b in zip(rates, rates[1:])]
+    assert max(abs(s - step) for s in steps) < 1e-6, "widened in the steps of the grid"
+
+
+@given(scores=st.lists(st.one_of(st.integers(-3, 3).map(float), st.just(math.nan), st.just(math.inf)), min_size=30, max_size=30), start=st.integers(8, 18), n=st.integers(2, 4),
+       limit=st.integers(0, 8), lower=st.booleans())
+def test_whatever_the_scores_an_edge_is_said_loudly(scores, start, n, limit, lower):
+    runs = []
+    def run(rate, seed): runs.append(round(math.log2(rate))); return scores[runs[-1]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = best_rate(run, [2.**(start + i) for i in range(n)], lower_is_better=lower, limit=limit)
+    rates = [row["rate"] for row in found.rows]
+    assert found.at_edge == (found.best in (rates[0], rates[-1])) == bool(caught)
+    assert len(runs) == len(set(runs)) == len(rates) <= n + limit, "each rate is tried once"
+    if found.at_edge: assert len(rates) == n + limit and "an edge, not yet the best" in found and f"{found.best:g}" in str(caught[0].message)
+    finite = [m if lower else -m for m in means(found) if math.isfinite(m)]
+    if finite: assert (1 if lower else -1)*found.scores[0] == min(finite), "nothing tried is better"
+
+
+def test_what_diverges_is_worst_and_all_seeds_count():
+    def run(rate, seed):
+        if rate > 5: raise FloatingPointError("NaN")
+        if rate > 2: return math.inf if seed else 0.
+        return (rate - 1)**2 + seed
+    found = best_rate(run, [.25, .5], seeds=(0, 1, 2), title="three seeds")
+    assert found.best == 1 and found.scores == [0, 1, 2] and found.startswith("**three seeds**")
+    assert [row["rate"] for row in found.rows] == [.25, .5, 1, 2] and found.rows[2]["sd"] == 1
+    assert best_rate(run, [4, 8, 16], seeds=(0, 1)).best == 1, "where all diverge it goes down"
+    assert "diverged" in best_rate(run, [1, 3, 9], seeds=(0, 1))
+    assert [row["scores"] for row in best_rate(lambda rate, seed: torch.tensor((rate - 1)**2 + seed), [.5, 1, 2], seeds=[3]).rows] == [[3.25], [3], [4]]
+
+
+def test_equals_do_not_send_the_search_away():
+    assert best_rate(lambda rate, seed: min(rate, 4), [1, 2, 4, 8, 16], lower_is_better=False).best == 4
+    calls = []
+    assert best_rate(lambda rate, seed: calls.append(rate) or 1., [1, 2, 4]).best == 2 and len(calls) == 3
+
+
+def test_errors_of_the_run_come_through_and_rates_stay_numbers():
+    with pytest.raises(KeyError): best_rate(lambda rate, seed: {}["loss"], [1, 2])
+    with pytest.warns(RuntimeWarning, match="edge") as caught: best_rate(lambda rate, seed: rate, [1e-200, 1e-100])
+    assert caught[0].filename == __file__, "the warning points at the caller"
+
+
+@pytest.mark.parametrize("grid", [[], [1.], [1., 1.], [0., 1.], [-1., 1.], [1., math.inf], [math.nan, 1.]])
+def test_a_grid_has_two_positive_numbers(grid):
+    with pytest.raises(ValueError, match="two or more"): best_rate(lambda rate, seed: pytest.fail("nothing is run"), grid)
 
 
 # --- table -----------------------------------------------------------------------------------------------------------------
@@ -212,6 +300,7 @@ def test_table_is_markdown_and_text():
                                      "| a\\|b      |   1 |      – |", "| long name |  22 | 1.5 ms |"]
     assert got._repr_markdown_() == str(got) == repr(got)
     assert table([{"a": 1, "b": 2}, {"a": 3}]).count("\n") == 3
+    assert table([{"a": 1}], title="one", rows=[7]).startswith("**one**\n\n| ") and table([{"a": 1}], rows=[7]).rows == [7]
     with pytest.raises(ValueError, match="empty"): table([])
 
 
@@ -231,9 +320,10 @@ def test_record_writes_all_it_knows(tmp_path):
         lesson="04_training_loop", what="Accuracy, after 5 epochs!", unit="%", values=[87, 88, 89], mean=88, sd=1, seeds=[1, 2, 3],
         seconds=[10, 11, 12.5], scale="tiny")
     assert got["data"] == dict(name="toy", source=None) and (got["epochs"], got["lrs"], got["best"]) == (5, [1, 2], 3)
-    assert got["device"] == "cpu (1 thread)" and set(got["versions"]) == {"python", "torch", "numpy"}
+    assert got["device"] == device_name("cpu") and set(got["versions"]) == {"python", "torch", "numpy"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", got["date"]) and {"commit", "dirty"} <= set(got)
-    assert file.stat().st_mode & 0o777 == 0o644
+    mask = os.umask(0); os.umask(mask)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_record_takes_numbers_and_tensors(tmp_path):
@@ -249,20 +339,19 @@ def test_record_names_data_and_its_source(tmp_path):
     from exp.datasets import fetch, source_of
     path = fetch("fashion-mnist")
     got = record("01", "x", 1., data=path)
-    assert got["data"] == dict(name=path.name, source=source_of(path)) and got["data"] == record("01", "x", 1., data=str(path))["data"]
+    assert got["data"] == dict(name=path.name, source=str(source_of(path))) and got["data"] == record("01", "x", 1., data=str(path))["data"]
     with pytest.raises(ValueError): record("01", "x", 1., data=tmp_path)
 
 
 @pytest.mark.parametrize("args, kwargs, error, word", [
-    (("01", "x", []), {}, ValueError, "empty"), (("01", "x", torch.ones(0)), {}, ValueError, "empty"),
-    (("01", "x", [1., float("nan")]), {}, ValueError, r"values\[1\] is nan"), (("01", "x", float("inf")), {}, ValueError, "inf"),
-    (("01", "x", "good"), {}, TypeError, "'good'"), (("01", "x", [True]), {}, TypeError, "True"), (("01", "x", None), {}, TypeError, "None"),
-    (("01", "x", [[1.], [2.]]), {}, TypeError, "one number per run"), (("01", "x", torch.ones(2, 2)), {}, TypeError, "one number per run"),
-    (("01", "x", [1., 2.]), dict(seeds=[1]), ValueError, "1 seeds for 2 values"), (("01", "x", 1.), dict(seconds=["fast"]), TypeError, "seconds"),
-    (("01", "x", 1.), dict(seconds=float("nan")), ValueError, r"seconds\[0\]"), (("01", "!?", 1.), {}, ValueError, "what"), (("", "x", 1.), {}, ValueError, "lesson"),
-    (("01", "x", 1.), dict(note="/srv/data/set"), ValueError, "absolute path"), (("01", "x", 1.), dict(note=r"C:\data"), ValueError, "absolute path"),
-    (("01", "x", 1.), dict(curve=[1., float("nan")]), ValueError, "JSON"), (("01", "x", 1.), dict(model=object()), TypeError, "cannot record"),
-    (("01", "x", 1.), dict(where=Path("a")), TypeError, "cannot record"), (("01", "x", 1.), dict(mean=3., sd=0.), ValueError, "mean, sd"),
+    (("01", "x", []), {}, ValueError, "finite number per run"), (("01", "x", torch.ones(0)), {}, ValueError, "finite"),
+    (("01", "x", [1., float("nan")]), {}, ValueError, "nan"), (("01", "x", float("inf")), {}, ValueError, "inf"),
+    (("01", "x", "good"), {}, ValueError, "good"), (("01", "x", None), {}, ValueError, "nan"),
+    (("01", "x", [[1.], [2.]]), {}, ValueError, "per run"), (("01", "x", torch.ones(2, 2)), {}, ValueError, "per run"),
+    (("01", "x", [1., 2.]), dict(seeds=[1]), ValueError, "a seed for each"), (("01", "x", 1.), dict(seconds=["fast"]), ValueError, "fast"),
+    (("01", "x", 1.), dict(seconds=float("nan")), ValueError, "finite"),
+    (("01", "x", 1.), dict(curve=[1., float("nan")]), ValueError, "JSON"), (("01", "x", 1.), dict(model=object()), AttributeError, "tolist"),
+    (("01", "x", 1.), dict(where=Path("a")), AttributeError, "tolist"), (("01", "x", 1.), dict(mean=3., sd=0.), TypeError, "mean"),
 ])
 def test_record_refuses_and_writes_nothing(tmp_path, args, kwargs, error, word):
     with pytest.raises(error, match=word): record(*args, folder=tmp_path, **kwargs)
@@ -285,40 +374,40 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
-def test_record_goes_to_results_of_a_checkout_at_real_scale_only(tmp_path):
-    with patch.object(testing, "_project_root", return_value=tmp_path):
+def installed_at(root): return patch.object(testing, "find_spec", return_value=SimpleNamespace(origin=str(root/"exp/__init__.py")))
+
+
+def test_results_are_the_maintainers_and_my_results_the_readers(tmp_path, capsys):
+    (tmp_path/"settings.ini").touch()
+    with installed_at(tmp_path):
         record("01", "x", 1.)
-        assert not kept(tmp_path), "nothing at tiny scale"
+        assert len(kept(tmp_path)) == 1, "nothing at tiny scale"
         with patch.dict(os.environ, EXP_SCALE="cpu"): record("01", "x", 1.)
-        assert [f.name for f in kept(tmp_path/"results")] == ["01-x-cpu.json"]
-    with patch.object(testing, "_project_root", return_value=None), patch.dict(os.environ, EXP_SCALE="cpu"):
-        assert record("01", "x", 2.)["commit"] is None
+        assert [f.name for f in kept(tmp_path/"my/results")] == ["01-x-cpu.json"] and not (tmp_path/"results").exists()
+        assert capsys.readouterr().out == "kept in my/results/01-x-cpu.json\n"
+        with patch.dict(os.environ, EXP_SCALE="cpu", EXP_RECORD="1"): record("01", "y", 1.)
+        assert [f.name for f in kept(tmp_path/"results")] == ["01-y-cpu.json"] and not capsys.readouterr().out
+    (tmp_path/"settings.ini").unlink()
+    with installed_at(tmp_path), patch.dict(os.environ, EXP_SCALE="cpu", EXP_RECORD="1"): assert record("01", "z", 2.)["commit"] is None
     assert len(kept(tmp_path/"results")) == 1, "nothing outside a checkout"
 
 
 def test_record_knows_the_commit_and_whether_the_code_changed(tmp_path):
     root = checkout(tmp_path)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
-    with patch.object(testing, "_project_root", return_value=root):
-        assert testing._code_version() == dict(commit=head, dirty=False)
+    def version(): r = record("01", "x", 1.); return dict(commit=r["commit"], dirty=r["dirty"])
+    with installed_at(root):
+        assert version() == dict(commit=head, dirty=False)
         (root/"notes.txt").write_text("not code")
-        assert testing._code_version()["dirty"] is False
+        assert version()["dirty"] is False
         (root/"exp/code.py").write_text("x = 2\n")
-        assert testing._code_version() == dict(commit=head, dirty=True)
-        with patch.dict(os.environ, PATH=""): assert testing._code_version() == dict(commit=None, dirty=None)
-    with patch.object(testing, "_project_root", return_value=root/"exp"): assert testing._code_version()["commit"] is None
+        assert version() == dict(commit=head, dirty=True)
+        with patch.dict(os.environ, PATH=""): assert version() == dict(commit=None, dirty=None)
+    with installed_at(root/"exp"): assert version()["commit"] is None
 
 
-def test_the_project_root_is_where_settings_are():
-    root = testing._project_root()
-    assert root and (root/"settings.ini").is_file() and (root/"exp").is_dir()
-    with patch.object(testing, "find_spec", return_value=None): assert testing._project_root() is None
-
-
-def test_device_names():
-    assert testing._device_name(torch.device("cpu")) == "cpu (1 thread)" and testing._device_name(torch.device("mps")) == "mps"
-    with patch.object(torch.cuda, "get_device_name", return_value="Some GPU"): assert testing._device_name(torch.device("cuda")) == "Some GPU"
-    assert record("01", "x", 1., device="cpu")["device"].startswith("cpu")
+def test_record_names_the_device():
+    assert record("01", "x", 1.)["device"] == device_name("cpu") and record("01", "x", 1., device="mps")["device"] == "mps"
 
 
 # --- how results read --------------------------------------------------------------------------------------------------------

@@ -1,16 +1,7 @@
-"Lesson 04: losses, modules, SGD, datasets, loaders with and without workers, fit: laws, and agreement with PyTorch."
+"Lesson 04: losses, modules, SGD, fit: laws, and agreement with PyTorch."
 import copy
 import io
-import multiprocessing as mp
-import os
 import pickle
-import random
-import signal
-import subprocess
-import sys
-import textwrap
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -20,11 +11,11 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils import data
 
-from exp import training
+from exp.loaders import DataLoader, TensorDataset
 from exp.setup import set_seed
 from exp.testing import test_like
-from exp.training import (SGD, BatchSampler, DataLoader, Linear, Module, Parameter, ReLU, Sampler, Sequential, TensorDataset,
-                          accuracy, collate, cross_entropy, evaluate, fit, log_softmax, logsumexp, nll, read_batch, weighted_mean)
+from exp.training import (SGD, Linear, Module, Parameter, ReLU, Sequential, accuracy, cross_entropy, evaluate, fit, log_softmax, nll,
+                          weighted_mean)
 
 scores = st.integers(0, 10_000).flatmap(lambda seed: st.tuples(st.just(seed), st.integers(1, 5), st.integers(1, 12), st.sampled_from([1., 100., 1e4])))
 
@@ -41,13 +32,13 @@ def draw(args):
 def test_losses_equal_pytorchs_values_and_gradients(args):
     x, t = draw(args)
     x.requires_grad_()
-    test_like(logsumexp(x), torch.logsumexp(x, -1))
     test_like(log_softmax(x), F.log_softmax(x, -1))
     ours, theirs = cross_entropy(x, t), F.cross_entropy(x, t)
     test_like(ours, theirs)
     test_like(nll(F.log_softmax(x, -1), t), theirs)
     test_like(torch.autograd.grad(ours, x)[0], torch.autograd.grad(theirs, x)[0])
-    test_like(torch.autograd.grad(logsumexp(x).sum(), x)[0], torch.autograd.grad(torch.logsumexp(x, -1).sum(), x)[0])
+    c = torch.arange(x.shape[1], dtype=x.dtype)
+    test_like(torch.autograd.grad((log_softmax(x)*c).sum(), x)[0], torch.autograd.grad((F.log_softmax(x, -1)*c).sum(), x)[0], rtol=1e-4, atol=1e-4)
 
 
 @given(scores)
@@ -60,13 +51,13 @@ def test_laws_of_log_softmax(args):
     test_like(log_softmax(x[:, order]), log_softmax(x)[:, order], rtol=1e-12, atol=1e-12)
     test_like(log_softmax(x)[:1], log_softmax(x[:1]))                                 # rows do not meet
     test_like(log_softmax(log_softmax(x)), log_softmax(x), rtol=1e-9, atol=1e-9)
-    assert (logsumexp(x) >= x.amax(-1)).all()
+    test_like(log_softmax(x.T, 0).T, log_softmax(x), rtol=1e-12, atol=1e-12)
 
 
 def test_log_softmax_keeps_its_digits_where_subtracting_lse_does_not():
     x = torch.randn(100, 10, generator=torch.Generator().manual_seed(0)) + 1e5
     right = F.log_softmax(x.double(), -1)
-    assert (log_softmax(x) - right).abs().max() < 1e-6 < (x - logsumexp(x)[:, None] - right).abs().max()
+    assert (log_softmax(x) - right).abs().max() < 1e-6 < (x - torch.logsumexp(x, 1)[:, None] - right).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -78,7 +69,6 @@ def test_losses_in_other_precisions(dtype, size):
     test_like(log_softmax(x), right.to(dtype), rtol=eps, atol=1e-7)                          # the nearest number, or its neighbour
     gap = lambda y: (y.double() - right).abs().max()
     assert gap(log_softmax(x)) <= gap(F.log_softmax(x, -1)) + 1e-12, "no worse than PyTorch"
-    test_like(logsumexp(x), torch.logsumexp(x.double(), -1).to(dtype), rtol=eps, atol=1e-7)
     test_like(cross_entropy(x, t), F.cross_entropy(x.double(), t).to(dtype), rtol=4*eps)
     if size < 1e4: test_like(cross_entropy(x, t), F.cross_entropy(x, t), rtol=4*eps)          # beyond, PyTorch's float16 mean overflows
 
@@ -86,48 +76,51 @@ def test_losses_in_other_precisions(dtype, size):
 def test_losses_at_infinity_and_nan():
     inf, nan = torch.inf, torch.nan
     for row in ([-inf, -inf], [inf, 1.], [inf, inf], [nan, 1.], [-inf, 1.], [-inf, inf]):
-        test_like(logsumexp(torch.tensor([row])), torch.logsumexp(torch.tensor([row]), -1))
         test_like(log_softmax(torch.tensor([row])), F.log_softmax(torch.tensor([row]), -1))
 
 
 def test_losses_gradcheck():
     x, t = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 1])
-    for f in (logsumexp, log_softmax, lambda x: cross_entropy(x, t)): assert torch.autograd.gradcheck(f, x)
+    for f in (log_softmax, lambda x: cross_entropy(x, t)): assert torch.autograd.gradcheck(f, x)
 
 
-def test_losses_take_more_dimensions_and_any_integers():
-    x, t = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
-    test_like(cross_entropy(x, t), F.cross_entropy(x.flatten(0, 1), t.flatten()))
-    test_like(cross_entropy(x[0, 0], t[0, 0]), F.cross_entropy(x[0, 0], t[0, 0]))
-    test_like(accuracy(x, t), (x.argmax(-1) == t).float().mean())
+shapes = st.lists(st.integers(1, 4), max_size=3)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), shapes, st.integers(0, 99))
+def test_classes_are_in_dimension_1_as_in_pytorch(n, c, more, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, t = torch.randn(n, c, *more, generator=g, dtype=torch.float64), torch.randint(c, (n, *more), generator=g)
+    test_like(log_softmax(x), F.log_softmax(x, 1))
+    test_like(cross_entropy(x, t), F.cross_entropy(x, t))
+    test_like(nll(F.log_softmax(x, 1), t), F.cross_entropy(x, t))
+    if c > 1: test_like(accuracy(x, t), (x.argmax(1) == t).float().mean())
+    else:
+        with pytest.raises(ValueError, match="one score"): accuracy(x, t)
     for dtype in (torch.uint8, torch.int32): test_like(cross_entropy(x, t.to(dtype)), cross_entropy(x, t))
 
 
 @pytest.mark.parametrize("func", [cross_entropy, nll, accuracy])
-@pytest.mark.parametrize("logits, targets, error, words", [
-    (torch.randint(5, (4, 3)), torch.zeros(4, dtype=torch.long), TypeError, "float"),
-    (torch.randn(4, 3), torch.zeros(4), TypeError, "long"),
-    (torch.randn(4, 3), torch.zeros(4, 1, dtype=torch.long), ValueError, r"\(4, 1\).*squeeze"),
-    (torch.randn(4, 3), torch.zeros(4, 3, dtype=torch.long), ValueError, "argmax"),
-    (torch.randn(4, 3), torch.zeros(3, dtype=torch.long), ValueError, r"\(3,\)"),
-    (torch.randn(0, 3), torch.zeros(0, dtype=torch.long), ValueError, "empty batch"),
-    (torch.randn(4, 0), torch.zeros(4, dtype=torch.long), ValueError, "n_classes ≥ 1"),
-    (torch.tensor(1.), torch.tensor(0), ValueError, "n_classes"),
+@pytest.mark.parametrize("logits, targets, words", [
+    (torch.randn(4, 3), torch.zeros(4, 1, dtype=torch.long), r"\(4, 1\).*squeeze"), (torch.randn(4, 3), torch.zeros(4, 3, dtype=torch.long), "argmax"),
+    (torch.randn(4, 3), torch.zeros(3, dtype=torch.long), r"\(3,\)"), (torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), r"\(2, 5\)"),
 ])
-def test_losses_refuse(func, logits, targets, error, words):
-    with pytest.raises(error, match=words): func(logits, targets)
+def test_losses_refuse_other_shapes(func, logits, targets, words):
+    with pytest.raises(ValueError, match=words): func(logits, targets)
+
+
+def test_losses_refuse_other_types():
+    for f in (nll, cross_entropy):
+        with pytest.raises(TypeError, match="long"): f(torch.randn(4, 3), torch.zeros(4))
+    for f in (log_softmax, lambda x: cross_entropy(x, torch.zeros(4, dtype=torch.long))):
+        with pytest.raises(TypeError, match="int64"): f(torch.ones(4, 3, dtype=torch.long))
+    assert accuracy(torch.eye(3).long(), torch.arange(3)) == 1
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 100, -100])
 def test_a_class_that_is_not_there(bad):
     for f in (nll, cross_entropy):
-        with pytest.raises(ValueError, match=rf"{min(bad, 0)} to {max(bad, 0)}.*0 to 2"): f(torch.randn(4, 3), torch.tensor([0, 0, bad, 0]))
-
-
-def test_logsumexp_refuses():
-    for f in (logsumexp, log_softmax):
-        with pytest.raises(TypeError, match="int64"): f(torch.tensor([1, 2]))
-        with pytest.raises(ValueError, match=r"\(2, 0\)"): f(torch.zeros(2, 0))
+        with pytest.raises((RuntimeError, IndexError), match=f"{bad} is out of bounds"): f(torch.randn(4, 3), torch.tensor([0, 0, bad, 0]))
 
 
 # --- Parameter and Module ---------------------------------------------------------------------------------------------------
@@ -140,8 +133,7 @@ def test_parameter_is_a_leaf_with_a_badge():
     assert repr(p) == repr(nn.Parameter(base))
     for twin in (copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
         assert type(twin) is Parameter and twin.requires_grad and torch.equal(twin, p) and twin.data_ptr() != p.data_ptr()
-    for bad in (torch.tensor([1]), [1., 2.], None):
-        with pytest.raises(TypeError, match="float tensor"): Parameter(bad)
+    with pytest.raises(RuntimeError, match="floating point"): Parameter(torch.tensor([1]))
 
 
 def test_pytorchs_module_and_optimizer_take_our_parameter():
@@ -245,18 +237,17 @@ def snapshot(model): return {k: v.clone() for k, v in model.state_dict().items()
 def test_a_state_that_does_not_fit_changes_nothing():
     model = both()[0]; before = snapshot(model)
     good = {k: v + 1 for k, v in before.items()}
-    for change, words in (({"gain": None}, "gain: a NoneType"), ({"gain": torch.zeros(2)}, r"gain: \(2,\) instead of \(1,\)"),
-                          ({"extra": torch.zeros(1)}, "unexpected: extra"), ({"body.0.mean": torch.zeros(3, 1)}, "body.0.mean")):
+    for change, words in (({"gain": torch.zeros(2)}, r"other shapes \['gain'\]"), ({"extra": torch.zeros(1)}, r"unexpected=\['extra'\]"),
+                          ({"body.0.mean": torch.zeros(3, 1)}, "body.0.mean")):
         with pytest.raises(ValueError, match=words): model.load_state_dict(good | change)
         test_like(model.state_dict(), before)
-    with pytest.raises(ValueError, match="missing: gain, head.bias"):
+    with pytest.raises(ValueError, match=r"missing=\['gain', 'head.bias'\]"):
         model.load_state_dict({k: v for k, v in good.items() if k not in ("gain", "head.bias")})
-    with pytest.raises(TypeError, match="str"): model.load_state_dict("model.pth")
     test_like(model.state_dict(), before)
     partial = {"gain": torch.full((1,), 5.), "extra": torch.zeros(1)}
     missing, unexpected = model.load_state_dict(partial, strict=False)
     assert unexpected == ["extra"] and "gain" not in missing and len(missing) == len(before) - 1 and model.gain == 5
-    with pytest.raises(ValueError, match="wrong shapes"): model.load_state_dict({"gain": torch.zeros(9)}, strict=False)
+    with pytest.raises(ValueError, match="other shapes"): model.load_state_dict({"gain": torch.zeros(9)}, strict=False)
 
 
 def test_modes_and_moves():
@@ -274,8 +265,16 @@ def test_sequential_is_a_sequence():
     for part in (slice(1, None), slice(-1), slice(0, 9, 2)): assert repr(model[part]) == repr(theirs[part])
     assert len(model) == 3 and [type(m).__name__ for m in model] == ["Linear", "ReLU", "Linear"]
     assert model[-1] is model[2] and isinstance(model[:2], Sequential) and model[:2][0] is model[0] and len(Sequential()) == 0
-    with pytest.raises(TypeError, match=r"layers\[1\]"): Sequential(ReLU(), torch.relu)
-    with pytest.raises(NotImplementedError, match="Module needs a method forward"): Module()(1)
+    assert [m for m in model.modules()] == [model, *model]
+
+
+def test_layers_in_a_plain_list_are_noticed():
+    class Stack(Module):
+        def __init__(self, make): self.layers, self.sizes, self.empty = make(Linear(2, 2) for _ in range(2)), [3, 4], []
+    for make in (list, tuple):
+        for use in (lambda m: list(m.parameters()), lambda m: SGD(m.parameters()), lambda m: m.state_dict(), repr, lambda m: m.eval()):
+            with pytest.raises(TypeError, match="Sequential"): use(Stack(make))
+    assert len(list(Stack(lambda layers: Sequential(*layers)).parameters())) == 4
 
 
 # --- SGD --------------------------------------------------------------------------------------------------------------------
@@ -296,256 +295,36 @@ def test_sgd_equals_pytorchs():
 def test_sgd_groups_and_state():
     a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
     opt = SGD([{"params": [a]}, {"params": iter([b]), "lr": .5}], lr=.1)
+    assert isinstance(opt, torch.optim.Optimizer) and SGD([a]).param_groups[0]["lr"] == .1
     (a.sum() + b.sum()).backward(); opt.step()
     test_like(a.detach(), torch.full((2,), .9)); test_like(b.detach(), torch.full((2,), .5))
-    theirs = torch.optim.SGD([{"params": [a]}, {"params": [b], "lr": .5}], lr=.1)
     state = opt.state_dict()
-    assert state["param_groups"] == [{k: g[k] for k in ("lr", "params")} for g in theirs.state_dict()["param_groups"]]
     opt.param_groups[0]["lr"] = 9.; opt.load_state_dict(state); assert opt.param_groups[0]["lr"] == .1
-    opt.load_state_dict(theirs.state_dict())
-    with pytest.raises(ValueError, match=r"\[2\].*\[1, 1\]"): opt.load_state_dict(SGD([a, b], .1).state_dict())
-    assert SGD({"params": [a]}, .1).param_groups[0]["params"] == [a]
+    with pytest.raises(ValueError): opt.load_state_dict(SGD([a, b], .1).state_dict())
+    twin = pickle.loads(pickle.dumps(opt)); assert [g["lr"] for g in twin.param_groups] == [.1, .5]
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, .5); opt.step(); scheduler.step()
+    assert [g["lr"] for g in opt.param_groups] == [.05, .25]
 
 
-@pytest.mark.parametrize("params, lr, error, words", [
-    ([], .1, ValueError, "empty"), (iter(()), .1, ValueError, "generator"), (torch.ones(2), .1, TypeError, "one tensor"),
-    (["w"], .1, TypeError, "'w'"), ([torch.ones(1)], -.1, ValueError, "-0.1"), ([torch.ones(1)], float("nan"), ValueError, "nan"),
-    ([torch.ones(1)], float("inf"), ValueError, "inf"), ([{"params": []}], .1, ValueError, "empty"),
-])
-def test_sgd_refuses(params, lr, error, words):
-    with pytest.raises(error, match=words): SGD(params, lr)
+def test_sgd_takes_a_closure():
+    w = torch.ones(2, requires_grad=True)
+    opt = SGD([w], .1)
+    def closure():
+        opt.zero_grad(); loss = (w**2).sum(); loss.backward()
+        return loss
+    assert opt.step(closure) == 2 and opt.step() is None
+    test_like(w.detach(), torch.full((2,), .6))
 
 
-def test_sgd_refuses_a_tensor_twice():
+@pytest.mark.parametrize("params, lr, error", [([], .1, ValueError), (iter(()), .1, ValueError), (torch.ones(2), .1, TypeError), (["w"], .1, TypeError),
+                                               ([torch.ones(1)], -.1, ValueError), ([torch.ones(1)], float("nan"), ValueError), ([torch.ones(1)], float("inf"), ValueError)])
+def test_sgd_refuses(params, lr, error):
+    with pytest.raises(error): SGD(params, lr)
+
+
+def test_sgd_refuses_a_tensor_in_two_groups():
     w = torch.ones(1)
-    with pytest.raises(ValueError, match="twice"): SGD([w, w], .1)
-    with pytest.raises(ValueError, match="twice"): SGD([{"params": [w]}, {"params": [w]}], .1)
-
-
-# --- datasets, samplers, collate --------------------------------------------------------------------------------------------
-
-def pictures(n=20): return TensorDataset(torch.arange(n*3.).view(n, 3), torch.arange(n))
-
-
-def test_tensor_dataset():
-    ds = pictures()
-    assert len(ds) == 20
-    test_like(ds[3], data.TensorDataset(*ds.tensors)[3])
-    test_like(ds.get_batch([4, 2, 2]), collate([ds[4], ds[2], ds[2]]))
-    for bad in ((), (torch.ones(2), torch.ones(3))):
-        with pytest.raises(ValueError, match="length"): TensorDataset(*bad)
-
-
-@given(st.integers(1, 60), st.integers(1, 20), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_samplers_deal_every_index_once_and_as_pytorch_does(n, bs, shuffle, drop_last, seed):
-    g = lambda: torch.Generator().manual_seed(seed)
-    sampler = Sampler(range(n), shuffle, g())
-    theirs = data.RandomSampler(range(n), generator=g()) if shuffle else data.SequentialSampler(range(n))
-    assert list(sampler) == list(theirs)
-    assert (again := list(sampler)) == sorted(again) or shuffle
-    assert sorted(again) == list(range(n))
-    ours, theirs = (f(list(range(n)), bs, drop_last) for f in (BatchSampler, data.BatchSampler))
-    assert list(ours) == list(theirs) and len(ours) == len(theirs) == len(list(ours))
-
-
-def test_shuffling_follows_the_seed_and_leaves_a_private_generator_private():
-    orders = []
-    for seed in (1, 1, 2): set_seed(seed); s = Sampler(range(50), True); orders.append((list(s), list(s)))
-    assert orders[0] == orders[1] != orders[2] and orders[0][0] != orders[0][1]
-    state = torch.get_rng_state(); list(DataLoader(pictures(), 4, shuffle=True, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(state, torch.get_rng_state())
-    list(DataLoader(pictures(), 4)); assert torch.equal(state, torch.get_rng_state())   # in order: no chance involved
-
-
-@pytest.mark.parametrize("items", [
-    [(torch.ones(2), 1), (torch.zeros(2), 2)], [1, 2], [1.5, 2.], [True, False], [np.ones((2, 2), np.float32), np.zeros((2, 2), np.float32)],
-    [np.int32(1), np.int32(2)], [{"a": torch.ones(1), "b": (1, 2.)}, {"a": torch.zeros(1), "b": (3, 4.)}], [torch.tensor(1)],
-])
-def test_collate_equals_pytorchs(items): test_like(*(as_tuples(f(items)) for f in (collate, data.default_collate)))
-
-
-def as_tuples(x):
-    if isinstance(x, dict): return {k: as_tuples(v) for k, v in x.items()}
-    return tuple(map(as_tuples, x)) if isinstance(x, (list, tuple)) else x
-
-
-@pytest.mark.parametrize("items, error, words", [
-    ([], ValueError, "empty"), ([torch.ones(2), torch.ones(3)], ValueError, r"\(2,\), \(3,\)"), ([(1, 2), (1,)], ValueError, "parts"),
-    (["a", "b"], TypeError, "str"), ([None, None], TypeError, "NoneType"), ([np.ones(2), np.ones(3)], ValueError, "shapes"),
-])
-def test_collate_refuses(items, error, words):
-    with pytest.raises(error, match=words): collate(items)
-
-
-# --- DataLoader -------------------------------------------------------------------------------------------------------------
-
-class Items:
-    "A dataset without get_batch; each item adds a random number, and one may fail."
-    def __init__(self, n=20, bad=None, noise=False, kill=None, wait=0.):
-        self.n, self.bad, self.noise, self.kill, self.wait = n, bad, noise, kill, wait
-    def __len__(self): return self.n
-    def __getitem__(self, i):
-        time.sleep(self.wait)
-        if i == self.bad: raise KeyError("no such picture")
-        if i == self.kill: os.kill(os.getpid(), signal.SIGKILL)
-        return torch.full((3,), float(i)) + (torch.rand(3) + random.random() + np.random.rand() if self.noise else 0), i
-
-
-@given(st.integers(1, 40), st.integers(1, 15), st.booleans(), st.booleans())
-def test_loader_gives_pytorchs_batches(n, bs, drop_last, whole):
-    ds = pictures(n) if whole else Items(n)
-    if drop_last and bs > n: return
-    ours, theirs = DataLoader(ds, bs, drop_last=drop_last), data.DataLoader(ds, bs, drop_last=drop_last)
-    assert len(ours) == len(theirs) == len(list(ours))
-    test_like(list(map(tuple, ours)), list(map(tuple, theirs)))
-
-
-def test_loader_options():
-    order = [3, 1, 1, 7]
-    assert [yb.tolist() for _, yb in DataLoader(pictures(), 2, sampler=order)] == [[3, 1], [1, 7]]
-    assert list(DataLoader(pictures(4), 2, collate_fn=len)) == [2, 2]                     # not bypassed by get_batch
-    class Torchy(Items):
-        def __getitems__(self, idxs): return [(-i, i) for i in idxs]
-    assert next(iter(DataLoader(Torchy(), 3)))[0].tolist() == [0, -1, -2]
-    dl = DataLoader(pictures(), 5, shuffle=True)
-    a, b = iter(dl), iter(dl); assert sorted(torch.cat([next(i)[1] for i in (a,)*4]).tolist()) == list(range(20)); next(b)
-    test_like(list(DataLoader([(1, 2), (3, 4)], 2))[0], (torch.tensor([1, 3]), torch.tensor([2, 4])))
-
-
-def test_a_batch_is_right_whichever_way_it_is_read():
-    ds, idxs = pictures(), [5, 0, 19]
-    test_like(read_batch(ds, idxs), read_batch(ds, idxs, lambda items: collate(items)))
-
-
-@pytest.mark.parametrize("args, error, words", [
-    (dict(ds=[], bs=2), ValueError, "empty list"), (dict(ds=iter([1]), bs=2), TypeError, "__len__"), (dict(bs=0), ValueError, "bs is 0"),
-    (dict(bs=2.5), TypeError, "2.5"), (dict(num_workers=-1), ValueError, "num_workers"), (dict(num_workers=None), TypeError, "None"),
-    (dict(shuffle=True, sampler=[1]), ValueError, "sampler"), (dict(bs=9, ds=[1, 2], drop_last=True), ValueError, "drop_last"),
-    (dict(generator=3), TypeError, "Generator"), (dict(sampler=[]), ValueError, "no batch"),
-])
-def test_loader_refuses(args, error, words):
-    with pytest.raises(error, match=words): DataLoader(**{"ds": pictures(), "bs": 2} | args)
-
-
-fork_only = pytest.mark.skipif(training._start_method() != "fork", reason="workers of a test need fork")
-
-
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=fork_only)])
-def test_a_failing_item_is_named(workers):
-    seen = []
-    with pytest.raises(RuntimeError, match=r"Items\[13\] failed with KeyError: 'no such picture'") as caught:
-        for _, yb in DataLoader(Items(bad=13), 4, num_workers=workers): seen += yb.tolist()
-    assert seen == list(range(12)), "what came before is delivered"
-    if workers: assert "Traceback" in str(caught.value) and "__getitem__" in str(caught.value) and "worker 1, batch 3" in str(caught.value)
-    else: assert isinstance(caught.value.__cause__, KeyError)
-    assert not mp.active_children()
-
-
-@fork_only
-def test_workers_change_nothing():
-    for ds in (pictures(), Items()):
-        for options in (dict(shuffle=True), dict(drop_last=True), dict(sampler=[1, 1, 2])):
-            runs = []
-            for workers in (0, 1, 2):
-                set_seed(1); dl = DataLoader(ds, 3, num_workers=workers, **options)
-                runs.append([list(dl), list(dl), torch.rand(1)] if workers < 2 or ds is not pictures else 0)
-            test_like(runs[1], runs[0], rtol=0, atol=0); test_like(runs[2], runs[0], rtol=0, atol=0)
-    assert not mp.active_children()
-
-
-@fork_only
-def test_random_items_do_not_depend_on_the_number_of_workers_and_do_not_repeat():
-    runs = []
-    for workers in (1, 3):
-        set_seed(4); dl = DataLoader(Items(12, noise=True), 3, shuffle=True, num_workers=workers)
-        runs.append([torch.cat([xb - yb[:, None] for xb, yb in dl]) for _ in range(2)])
-    test_like(runs[0], runs[1], rtol=0, atol=0)
-    assert runs[0][0].flatten().unique().numel() == 36 and not torch.equal(runs[0][0], runs[0][1])
-    class Mixed:                                                    # an order that leaves PyTorch's generator alone
-        def __len__(self): return 6
-        def __iter__(self): return iter(random.sample(range(6), 6))
-    noise = lambda: torch.cat([xb - yb[:, None] for xb, yb in dl])
-    dl = DataLoader(Items(6, noise=True), 6, sampler=Mixed(), num_workers=1)
-    assert not set(noise().flatten().tolist()) & set(noise().flatten().tolist())
-
-
-@fork_only
-@pytest.mark.parametrize("batch", [torch.ones(2, dtype=torch.bfloat16), {"a": [torch.zeros(0), "text", None]}, np.arange(3), torch.ones(2, 3).T])
-def test_any_batch_comes_through(batch):
-    got = next(iter(DataLoader(Items(2), 2, num_workers=1, collate_fn=lambda items: batch)))
-    if isinstance(batch, dict): assert got["a"][1:] == ["text", None] and got["a"][0].shape == (0,)
-    else: test_like(got, batch)
-    if isinstance(got, torch.Tensor): got += 1   # writable
-
-
-@fork_only
-def test_a_batch_that_cannot_be_sent_is_an_error_not_a_hang():
-    with pytest.raises(RuntimeError, match="pickle"): list(DataLoader(Items(), 2, num_workers=2, collate_fn=lambda items: lambda: 0))
-
-
-@fork_only
-def test_a_killed_worker_raises():
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"worker 1 was killed by SIGKILL at batch 3, items \[6, 7\].*memory"):
-        list(DataLoader(Items(kill=7), 2, num_workers=2))
-    class Exits(Items):
-        def __getitem__(self, i): os._exit(3)
-    with pytest.raises(RuntimeError, match="exit code 3"): list(DataLoader(Exits(), 2, num_workers=1))
-    it = iter(DataLoader(Items(40), 2, num_workers=2)); next(it)
-    for p in mp.active_children(): p.kill(); p.join()
-    with pytest.raises(RuntimeError, match="killed by SIGKILL"): list(it)                  # killed while idle
-    assert time.monotonic() - start < 20 and not mp.active_children()
-
-
-@fork_only
-def test_leaving_early_ends_the_workers():
-    for _ in DataLoader(Items(wait=.01), 2, num_workers=2): break
-    assert not mp.active_children()
-    it = iter(DataLoader(Items(wait=60.), 2, num_workers=2))
-    threading.Timer(.2, os.kill, [os.getpid(), signal.SIGINT]).start()
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt): next(it)                                     # Ctrl-C while a worker is busy for a minute
-    assert time.monotonic() - start < 20 and not mp.active_children()
-
-
-@fork_only
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_its_process(signum, tmp_path):
-    code = """
-        import multiprocessing, sys, time
-        from exp.training import DataLoader
-        it = iter(DataLoader([(i, i) for i in range(1000)], 2, num_workers=2))
-        next(it); print(*[p.pid for p in multiprocessing.active_children()], flush=True)
-        time.sleep(60)
-    """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    pids = list(map(int, process.stdout.readline().split()))
-    assert len(pids) == 2
-    process.send_signal(signum); process.wait(20)
-    deadline = time.monotonic() + 10
-    def alive(pid):
-        try: return open(f"/proc/{pid}/stat").read().split()[2] != "Z"
-        except (FileNotFoundError, ProcessLookupError): return False
-    while any(map(alive, pids)) and time.monotonic() < deadline: time.sleep(.02)
-    assert not any(map(alive, pids))
-    process.stdout.close(); process.stderr.close()
-
-
-def test_without_fork_a_notebooks_dataset_is_refused(monkeypatch):
-    monkeypatch.setattr(training, "_start_method", lambda: "spawn")
-    local = type("Local", (Items,), {"__module__": "__main__"})
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", "x.py", raising=False)
-    training._check_importable("spawn", local())                                        # a script can be imported again
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
-    with pytest.raises(ValueError, match="Local.*notebook.*num_workers=0"): list(DataLoader(local(), 2, num_workers=1))
-    with pytest.raises(ValueError, match="cannot be sent"):
-        list(DataLoader(pictures(), 2, num_workers=1, collate_fn=lambda items: items))
-    assert not mp.active_children()
-
-
-def test_workers_started_afresh(monkeypatch):
-    monkeypatch.setattr(training, "_start_method", lambda: "spawn")
-    test_like(list(DataLoader(pictures(6), 2, num_workers=1)), list(DataLoader(pictures(6), 2)))
+    with pytest.raises(ValueError, match="more than one"): SGD([{"params": [w]}, {"params": [w]}], .1)
 
 
 # --- fit --------------------------------------------------------------------------------------------------------------------
@@ -620,11 +399,22 @@ def test_fit_takes_pytorchs_pieces(seed):
     assert len(history) == 2 and not any(np.isnan(history).ravel())
 
 
-@fork_only
+def test_modes_of_frozen_layers_are_kept():
+    for make in (lambda: Sequential(Linear(4, 3), ReLU(), Linear(3, 3)), lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))):
+        model, dl, seen = make(), DataLoader(clothes(8), 4), []
+        model[1].eval()
+        before = {k: v.clone() for k, v in model[1].state_dict().items() if "running" in k}
+        fit(2, model, lambda pred, y: seen.append((model.training, model[1].training)) or cross_entropy(pred, y), SGD(model.parameters()), dl, dl)
+        assert seen == ([(True, False)]*2 + [(False, False)]*2)*2 and [m.training for m in model] == [True, False, True]
+        for k, v in before.items(): assert torch.equal(model[1].state_dict()[k], v)
+        evaluate(model, cross_entropy, dl)
+        assert model.training and [m.training for m in model] == [True, False, True]
+
+
 def test_fit_with_workers_gives_the_same_weights():
     nets = []
-    for workers in (0, 2):
+    for workers in ({}, dict(num_workers=2, workers="threads")):
         model = twins(4, 3)[0]; set_seed(2)
-        fit(2, model, cross_entropy, SGD(model.parameters(), .1), DataLoader(clothes(40), 8, shuffle=True, num_workers=workers), DataLoader(clothes(8), 4))
+        fit(2, model, cross_entropy, SGD(model.parameters(), .1), DataLoader(clothes(40), 8, shuffle=True, **workers), DataLoader(clothes(8), 4))
         nets.append(model)
     test_like(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)

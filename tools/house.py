@@ -39,6 +39,38 @@ def read(path: Path) -> dict: return json.loads(path.read_text(encoding="utf-8")
 def source(cell) -> str: return "".join(cell["source"])
 
 
+def exports(path: Path) -> dict[str, list[str]]:
+    """The cells a notebook exports, by module, in order.
+
+    `#| default_exp norm` names the module of every `#| export`; a second lesson of the module has none and says
+    `#| export norm`, which any notebook may say. A notebook that exports nothing gives {}."""
+    default, out = None, {}
+    for cell in read(path)["cells"]:
+        if cell["cell_type"] != "code": continue
+        text = source(cell)
+        named = re.search(r"^#\| *default_exp +(\S+)", text, flags=re.M)
+        if named: default = named[1]; out.setdefault(default, [])
+        found = re.search(r"^#\| *exporti?\b *(\S*) *$", text, flags=re.M)
+        if not found: continue
+        module = found[1] or default
+        if module is None: raise ValueError(f"{path.name} exports to no module: say #| export NAME, or #| default_exp NAME once")
+        out.setdefault(module, []).append(re.sub(r"^#\|.*$", "", text, flags=re.M))
+    return out
+
+
+def default_exp(path: Path) -> str | None:
+    "The module a notebook names with `#| default_exp`; None for one that names none."
+    found = [m[1] for c in read(path)["cells"] if c["cell_type"] == "code" for m in [re.search(r"^#\| *default_exp +(\S+)", source(c), flags=re.M)] if m]
+    return found[0] if found else None
+
+
+def reading_minutes(path: Path) -> int:
+    "About how long a careful reader takes: 150 words or 15 lines of code a minute, to the next five minutes."
+    words = sum(len(source(c).split()) for c in read(path)["cells"] if c["cell_type"] == "markdown")
+    lines = sum(bool(line.strip()) for c in read(path)["cells"] if c["cell_type"] == "code" for line in source(c).splitlines())
+    return max(5, 5*round((words/150 + lines/15)/5))
+
+
 # --- links -------------------------------------------------------------------------------------------------------------
 
 def nav(name: str, names: list[str]) -> str:
@@ -104,22 +136,23 @@ def result(stem: str, gpu: bool) -> str:
     from exp.testing import result_text
     found = records(stem, gpu)
     if not found: return "not yet measured" if gpu and records(stem, False) else ""
-    return f"{found[0]['what']}: {result_text(found[0])}"
+    data = found[0].get("data", {}).get("name")
+    return f"{found[0]['what']}: {result_text(found[0])}" + (f" ({data})" if data else "")
 
 
 def lesson_map(inside_nbs: bool = False) -> str:
     "Lesson → module → what it builds → papers → time → results, a Markdown table made from the notebooks and results/."
-    rows = ["| lesson | module | builds | papers | time | result on a CPU | result on a GPU |", "|---|---|---|---|---|---|---|"]
+    rows = ["| lesson | module | builds | papers | to read | to run | result on a CPU | result on a GPU |", "|---|---|---|---|---|---|---|---|"]
     for path in lessons():
         nb = read(path)
         title = source(nb["cells"][0])
         name = re.search(r"^# (.+)$", title, flags=re.M).group(1)
-        module = re.search(r"#\| default_exp (\S+)", " ".join(map(source, nb["cells"]))).group(1)
+        modules = ", ".join(f"`exp.{m}`" for m in exports(path)) or "–"
         builds = re.search(r"\*\*You will build\*\* (.+?) · ", title).group(1)
         time = re.search(r"\*\*Time\*\* (.+)$", title, flags=re.M).group(1).replace(" on a laptop CPU", "").split(",")[0]
         time = re.sub(r" min$", " minutes", re.sub(r" s$", " seconds", time)).replace("1 minutes", "1 minute")
         link = path.name if inside_nbs else f"nbs/{path.name}"
-        cells = [f"[{name}]({link})", f"`exp.{module}`", builds, papers(nb), time, result(path.stem, False), result(path.stem, True)]
+        cells = [f"[{name}]({link})", modules, builds, papers(nb), f"{reading_minutes(path)} minutes", time, result(path.stem, False), result(path.stem, True)]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -15,12 +15,39 @@ PYTHON = VENV/("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 NO_GPU = """
 This machine has no NVIDIA GPU, and from its package index PyTorch would bring several gigabytes of CUDA libraries.
-Give the address of PyTorch's own CPU index, as the README's Troubleshooting section says:
+There is a smaller build for processors alone. To take it:
 
-    make {goal} TORCH_INDEX=ADDRESS
+  1. Open the web site pytorch.org and press "Get Started".
+  2. In the table there choose Stable, your system, Pip, Python and, as compute platform, CPU.
+  3. Its last row shows a command that ends in --index-url and an address. Copy that address.
+  4. Call, with it in place of ADDRESS:
 
-or, to take the large download all the same:  make {goal} TORCH_INDEX=default
+       make {goal} TORCH_INDEX=ADDRESS
+
+Once is enough. Or, to take the large download all the same:  make {goal} TORCH_INDEX=default
 """
+
+NO_PIP = """
+{python} cannot make an environment that has pip. On Debian and Ubuntu the package python3-venv is missing
+(sudo apt install python3-venv). Or name another Python:  make {goal} PYTHON=python3.12
+"""
+
+
+def goal() -> str: return os.environ.get("GOAL", "lab")
+
+
+def has_pip() -> bool:
+    "Is there a .venv that can install something?"
+    return PYTHON.exists() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
+def make_venv():
+    "Make .venv, also over one that was left half-made or without pip."
+    if has_pip(): return
+    subprocess.run([sys.executable, "-m", "venv", "--clear", VENV])
+    if has_pip(): return
+    shutil.rmtree(VENV, ignore_errors=True)
+    sys.exit(NO_PIP.format(python=sys.executable, goal=goal()))
 
 
 def pip(*args: str, **kwargs): return subprocess.run([PYTHON, "-m", "pip", *args], check=True, cwd=ROOT, **kwargs)
@@ -37,14 +64,14 @@ def would_pull_cuda() -> bool:
 def install_torch(index: str):
     "PyTorch first, so that nothing that needs it chooses another build."
     if not index and not shutil.which("nvidia-smi") and would_pull_cuda():
-        sys.exit(NO_GPU.format(goal=os.environ.get("GOAL", "lab")))
+        sys.exit(NO_GPU.format(goal=goal()))
     pip("install", "-c", "constraints.txt", "torch", *([] if index in ("", "default") else ["--index-url", index]))
 
 
 def main():
     if sys.version_info < (3, 11):
         sys.exit(f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed (make lab PYTHON=python3.12)")
-    if not PYTHON.exists(): subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+    make_venv()
     install_torch(os.environ.get("TORCH_INDEX", ""))
     pip("install", "-c", "constraints.txt", "-e", ".[dev]")
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..backprop import (CrossEntropy, Linear, Module, check_gradients, finite_difference_grad,
                           init_mlp, mlp)
-from ..setup import attempt
+from ..setup import attempt, checker
 
 # %% ../../nbs/exercises/02_backprop_exercises.ipynb #cce71a8d
 def _mlp_grads(params: list[Tensor]) -> list[Tensor]:
@@ -28,9 +29,10 @@ def _mlp_grads(params: list[Tensor]) -> list[Tensor]:
 
 def _measure_predictions() -> dict:
     "Nothing is written down here: the answers to exercise 1 are measured."
-    layer, small, calls = Linear(784, 100), Linear(20, 30, dtype=torch.float64), []
+    layer, small, calls = Linear(784, 100), Linear(20, 30), []
     layer(torch.zeros(64, 784)); back = layer.backward(torch.zeros(64, 100))
-    for p in small.parameters(): finite_difference_grad(lambda p: calls.append(p) or 0., p)
+    for p in small.parameters():
+        finite_difference_grad(lambda p: calls.append(p) or 0., p.double())
     zeros = _mlp_grads([torch.zeros_like(p) for p in init_mlp((4, 6, 3))])
     pair = init_mlp((4, 6, 3))
     pair[0][1], pair[2][:, 1] = pair[0][0], pair[2][:, 0]
@@ -43,13 +45,24 @@ def _measure_predictions() -> dict:
             "twins": not same}
 
 
+def _is_same(given, right) -> bool:
+    "Is a reader's value the right one, whatever its kind: list for tuple, NumPy number, tensor?"
+    try:
+        if isinstance(given, str): given = [given]
+        if isinstance(right, set): return set(given) == right
+        if isinstance(right, tuple): return tuple(map(float, given)) == right
+        return float(given) == float(right)
+    except (TypeError, ValueError, RuntimeError): return False
+
+
+@checker
 def check_predictions(
     answer: dict,  # the six keys above
 ) -> None:
     "Check exercise 1. Raises: AssertionError with a hint at the first wrong answer."
     hints = {
         "weight.grad": "one dial, one slope: it has the shape of the weight, (out, in)",
-        "bias.grad": "the batch has been summed away",
+        "bias.grad": "the batch has been summed away; a tuple of one number is (n,)",
         "input": "it has the shape of the batch that went in",
         "passes": "weights and biases both count, and each is nudged up and down",
         "all zero": "write down G_W2, G_b2, G_a, G_W1, G_b1 with a = 0 and W2 = 0 put in",
@@ -59,119 +72,173 @@ def check_predictions(
     for key, right in _measure_predictions().items():
         given = answer.get(key)
         if given is None: raise AssertionError(f"answer has nothing under {key!r} yet")
-        if isinstance(given, (list, torch.Size)): given = tuple(given)
-        if type(given) is not type(right):
-            raise AssertionError(f"{key!r} is {given!r}: expected a {type(right).__name__}")
-        if given != right: raise AssertionError(f"{key!r} is not {given!r}: {hints[key]}")
+        if not _is_same(given, right):
+            raise AssertionError(f"{key!r} is not {given!r}: {hints[key]}")
 
 # %% ../../nbs/exercises/02_backprop_exercises.ipynb #e3f4abf5
+def _unchanged(what: str, now: Tensor, before: Tensor) -> None:
+    "Nothing that an answer is given may change."
+    if not torch.equal(now, before):
+        raise AssertionError(f"{what} has changed: work on new tensors, not in place")
+
+
+def _as_tensor(what: str, value, shape: tuple, dtype: torch.dtype = torch.float64) -> Tensor:
+    "What an answer returned, as a tensor; lists and arrays are welcome."
+    try: tensor = torch.as_tensor(value).to(dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise AssertionError(f"{what} is a {type(value).__name__}: return a tensor") from None
+    if tensor.shape != shape: raise AssertionError(
+        f"the shape of {what} is {tuple(tensor.shape)}, expected {tuple(shape)}")
+    return tensor
+
+
+@checker
 def check_sigmoid(
     cls: Callable,  # the class Sigmoid, called without arguments
 ) -> None:
     "Check exercise 2. Raises: AssertionError saying what to look at."
     layer, x = attempt(cls), torch.linspace(-8, 8, 33, dtype=torch.float64).view(3, 11)
+    before, right = x.clone(), torch.sigmoid(x)
     out = attempt(layer.forward, x)
-    if not torch.is_tensor(out):
-        raise AssertionError(f"forward returned {out!r}: it must be a tensor")
-    for what, got, want in (("shape", out.shape, x.shape), ("dtype", out.dtype, x.dtype)):
-        if got != want: raise AssertionError(f"forward: the {what} is {got}, expected {want}")
-    if not torch.allclose(out, torch.sigmoid(x)):
-        i = (out - torch.sigmoid(x)).abs().argmax()
-        raise AssertionError(f"forward: {x.view(-1)[i]:.3g} becomes {out.reshape(-1)[i]:.6g}: "
-                             "look at the sign of x")
-    edge = attempt(cls().forward, torch.tensor([-1000., -100., 100., 1000.]))
+    _unchanged("x", x, before)
+    if getattr(out, "dtype", None) != x.dtype: raise AssertionError(
+        f"forward returned {str(out)[:60]}: it must be a tensor of the dtype of x")
+    out = _as_tensor("forward's output", out, x.shape)
+    if torch.allclose(out, torch.sigmoid(-x)):
+        raise AssertionError("forward: you have 1/(1 + e^x); look at the sign of x")
+    if not torch.allclose(out, right):
+        i = int((out - right).abs().nan_to_num(torch.inf).argmax())
+        raise AssertionError(f"forward: {x.view(-1)[i]:.3g} becomes {out.reshape(-1)[i]:.6g}, "
+                             f"it should become {right.view(-1)[i]:.6g}")
+    edge = attempt(attempt(cls).forward, torch.tensor([-1000., -100., 100., 1000.]))
     if not torch.allclose(edge, torch.tensor([0., 0., 1., 1.])):
         raise AssertionError(f"forward of -1000, -100, 100, 1000 is {edge.tolist()}: "
                              "which exponential overflows?")
-    back = attempt(layer.backward, torch.ones_like(x))
-    if back.shape != x.shape:
-        raise AssertionError(f"backward: shape {tuple(back.shape)}, expected {tuple(x.shape)}")
+    grad = torch.ones_like(x)
+    back = _as_tensor("backward's result", attempt(layer.backward, grad), x.shape)
+    _unchanged("grad", grad, torch.ones_like(x))
     if torch.allclose(back, x*(1 - x)):
         raise AssertionError("backward: y(1-y) takes the output y; you used the input")
     attempt(check_gradients, layer, x)
-    try: layer.backward(torch.ones_like(x)), layer.backward(torch.ones_like(x))
-    except RuntimeError: return
+    try: layer.backward(grad), layer.backward(grad)
+    except Exception: return           # refused, in whatever words
     raise AssertionError("a second backward went through: begin backward with self.recall(grad)")
 
 # %% ../../nbs/exercises/02_backprop_exercises.ipynb #cfd3df1d
+class _Largest(TorchFunctionMode):
+    "Notes the size of the largest tensor that is made while it is on."
+    numel = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(made, Tensor): self.numel = max(self.numel, made.numel())
+        return out
+
+
+@checker
 def check_softmax_backward(
     func: Callable[[Tensor, Tensor], Tensor],  # (p, grad) -> gradient of the logits
 ) -> None:
     "Check exercise 3. Raises: AssertionError saying what to look at."
     generator = torch.Generator().manual_seed(11)
-    z = torch.randn(6, 5, generator=generator, dtype=torch.float64).requires_grad_()
-    grad = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    z = torch.randn(4, 9, generator=generator, dtype=torch.float64).requires_grad_()
+    grad = torch.randn(4, 9, generator=generator, dtype=torch.float64)
     p = z.softmax(1)
     want = torch.autograd.grad(p, z, grad)[0]
-    p, kept = p.detach(), p.detach().clone()
-    got = attempt(func, p, grad)
-    if not torch.equal(p, kept):
-        raise AssertionError("p has changed: work on new tensors, not in place")
-    if getattr(got, "shape", None) != want.shape:
-        raise AssertionError(f"the shape is {tuple(got.shape)}, expected {tuple(want.shape)}")
+    p = p.detach()
+    p_before, grad_before = p.clone(), grad.clone()
+    with _Largest() as seen: got = attempt(func, p, grad)
+    _unchanged("p", p, p_before)
+    _unchanged("grad", grad, grad_before)
+    got = _as_tensor("your gradient", got, want.shape)
     if torch.allclose(got, p*grad):
         raise AssertionError("p·grad is half of it: the term with -p_k is missing")
     if torch.allclose(got, p*(1 - p)*grad):
         raise AssertionError("only the diagonal: but every output depends on every input")
     if torch.allclose(got, p*(grad - (grad*p).sum(0))):
         raise AssertionError("you summed over the batch: sum over the classes of each row")
-    if got.sum(1).abs().max() > 1e-9:
+    if got.sum(1).abs().max() > 1e-5:
         raise AssertionError("rows must sum to zero: a constant added to all logits cancels")
     if not torch.allclose(got, want):
         raise AssertionError(f"wrong by up to {(got - want).abs().max():.2g}: redo the sum over j")
+    if seen.numel > p.numel(): raise AssertionError(
+        f"right, but a tensor of {seen.numel} numbers was made where p has {p.numel()}: "
+        "do it without the Jacobian")
 
 # %% ../../nbs/exercises/02_backprop_exercises.ipynb #8e514ec3
+@checker
 def check_dropout(
     cls: Callable,  # the class Dropout, called with the probability p
 ) -> None:
     "Check exercise 4. Raises: AssertionError saying what to look at."
-    layer, x = attempt(cls, 0.25), torch.ones(400, 50)
-    out = attempt(layer.forward, x)
-    if out.shape != x.shape:
-        raise AssertionError(f"forward: shape {tuple(out.shape)}, expected {tuple(x.shape)}")
+    with torch.random.fork_rng():      # the reader's generator is left alone
+        torch.manual_seed(0)
+        _check_dropout(cls)
+
+
+def _check_dropout(cls: Callable) -> None:
+    layer, x, shape = attempt(cls, 0.25), torch.ones(400, 50), (400, 50)
+    twos, f32 = torch.full(shape, 2.), torch.float32
+    out = _as_tensor("forward's output", attempt(layer.forward, x), shape, f32)
+    _unchanged("x", x, torch.ones(shape))
     kept, dropped = out[out != 0], (out == 0).double().mean().item()
+    shared = (out == out[:1]).all() or (out == out[:, :1]).all()
+    if shared and 0 < dropped < 1: raise AssertionError(
+        "forward: whole rows or columns share their luck; draw for each element on its own")
     if not 0.2 < dropped < 0.3: raise AssertionError(
         f"forward: Dropout(0.25) dropped {dropped:.0%}; p is the probability to *drop* an element")
     if not torch.allclose(kept, torch.tensor(4/3)): raise AssertionError(
         f"forward: a kept 1 became {kept[0]:.3g}; scale by 1/(1-p), here 4/3, to keep the mean")
-    back = attempt(layer.backward, torch.full_like(x, 2.))
+    back = _as_tensor("backward's result", attempt(layer.backward, twos), shape, f32)
+    _unchanged("grad", twos, torch.full(shape, 2.))
     if not torch.equal(back == 0, out == 0):
         raise AssertionError("backward: other elements are zero than in forward: remember the mask")
     if not torch.allclose(back, 2*out):
         raise AssertionError("backward: the scale 1/(1-p) belongs to the slope, too")
-    if torch.equal(attempt(layer.forward, x) == 0, out == 0):
+    again = _as_tensor("forward's output", attempt(layer.forward, x), shape, f32)
+    if torch.equal(again, out):
         raise AssertionError("a second forward dropped the same ones: draw a new mask each time")
-    if not torch.equal(attempt(attempt(cls, 0.).forward, x), x):
-        raise AssertionError("Dropout(0) must drop nothing and change nothing")
-    nothing = attempt(attempt(cls, 1.).forward, x)
+    attempt(layer.forward, torch.zeros(shape))
+    back = _as_tensor("backward's result", attempt(layer.backward, torch.ones(shape)), shape, f32)
+    if not 0.2 < (back == 0).double().mean().item() < 0.3: raise AssertionError(
+        "backward: behind an input of zeros the slopes are wrong: a zero in the output may be a "
+        "kept one, so remember the mask itself")
+    same = _as_tensor("forward's output", attempt(attempt(cls, 0.).forward, x), shape, f32)
+    if not torch.equal(same, x): raise AssertionError("Dropout(0) must drop and change nothing")
+    nothing = _as_tensor("forward's output", attempt(attempt(cls, 1.).forward, x), shape, f32)
     if not torch.equal(nothing, 0*x):
         raise AssertionError(f"Dropout(1) gave {nothing[0, 0]}: 1/(1-p) needs care at p=1")
 
 # %% ../../nbs/exercises/02_backprop_exercises.ipynb #f1cfdf13
+@checker
 def check_fixed(
     cls: Callable,  # a subclass of Linear, with its backward repaired
 ) -> None:
     "Check exercise 5. Raises: AssertionError saying what to look at."
     generator = torch.Generator().manual_seed(7)
     x, grad = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    x_before, grad_before = x.clone(), grad.clone()
     layer = attempt(cls, 4, 4)
     attempt(layer.forward, x)
-    back = attempt(layer.backward, grad)
-    first = {name: p.grad for name, p in layer.named_parameters()}
+    back = _as_tensor("backward's result", attempt(layer.backward, grad), x.shape, torch.float32)
     for name, p in layer.named_parameters():
         if p.grad is None: raise AssertionError(f"{name}.grad is empty after backward")
+    first = {name: p.grad.clone() for name, p in layer.named_parameters()}
     if torch.allclose(first["bias"], grad.mean(0)):
         raise AssertionError("bias.grad: try batches of 1 and 2. How many rows does a bias touch?")
     if torch.allclose(back, grad @ layer.weight.T):
         raise AssertionError("the input's gradient: square weights hide it; try Linear(4, 3)")
-    attempt(check_gradients, cls(4, 3), x)
-    first = {name: g.clone() for name, g in first.items()}
+    attempt(check_gradients, attempt(cls, 4, 3), x)
     attempt(layer.forward, x); attempt(layer.backward, grad)
     for name, p in layer.named_parameters():
         if not torch.allclose(p.grad, 2*first[name]):
             raise AssertionError(f"{name}.grad: a second backward must add to it; see accumulate")
+    _unchanged("x", x, x_before)
+    _unchanged("grad", grad, grad_before)
 
 # %% ../../nbs/exercises/02_backprop_exercises.ipynb #8dc222d8
+@checker
 def check_balance(
     func: Callable[[list, list], tuple],  # (params, grads) -> (left, right), both (m,)
 ) -> None:
@@ -180,17 +247,17 @@ def check_balance(
     shapes = ((6, 4), (6,), (3, 6), (3,))
     draw = lambda: [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     params, grads = draw(), draw()
+    before = [t.clone() for t in params + grads]
     result = attempt(func, params, grads)
-    if not isinstance(result, (tuple, list)) or len(result) != 2:
+    for now, then in zip(params + grads, before): _unchanged("a parameter or gradient", now, then)
+    if not hasattr(result, "__len__") or len(result) != 2:
         raise AssertionError(f"balance returned a {type(result).__name__}: return left and right")
-    for name, side in zip(("left", "right"), result):
-        if not torch.is_tensor(side) or side.shape != (6,):
-            raise AssertionError(f"{name} has shape {tuple(getattr(side, 'shape', ()))}: "
-                                 "one number per hidden unit is (6,) here")
+    left, right = [_as_tensor(f"{name} (one number per hidden unit)", side, (6,))
+                   for name, side in zip(("left", "right"), result)]
     (w1, b1, w2, _), (g_w1, g_b1, g_w2, _) = params, grads
-    if not torch.allclose(result[1], torch.einsum("ij,ij->j", w2, g_w2)):
+    if not torch.allclose(right, torch.einsum("ij,ij->j", w2, g_w2)):
         raise AssertionError("right: unit j's outgoing weights are column j of w2; sum over rows")
-    if torch.allclose(result[0], torch.einsum("jk,jk->j", w1, g_w1)):
+    if torch.allclose(left, torch.einsum("jk,jk->j", w1, g_w1)):
         raise AssertionError("left: the bias b1 is missing; it, too, feeds the unit")
-    if not torch.allclose(result[0], torch.einsum("jk,jk->j", w1, g_w1) + b1*g_b1):
+    if not torch.allclose(left, torch.einsum("jk,jk->j", w1, g_w1) + b1*g_b1):
         raise AssertionError("left: unit j's incoming weights are row j of w1; sum over columns")

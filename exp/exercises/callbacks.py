@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..learner import Callback, CancelEpoch, DataLoaders, Learner, Metric
-from ..setup import attempt
+from ..setup import attempt, checker
 from ..training import cross_entropy
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #f00421de
@@ -24,7 +24,9 @@ def _learner(cbs=(), **kwargs) -> Learner:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
-    return Learner(model, DataLoaders(_task(), _task(24, seed=1)), cross_entropy, cbs=cbs, **kwargs)
+    options = dict(lr=.1, quiet=True, device="cpu") | kwargs
+    dls = DataLoaders(_task(), _task(24, seed=1))
+    return Learner(model, dls, cross_entropy, cbs=cbs, **options)
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #54d3b762
 class _Count(Callback):
@@ -37,6 +39,7 @@ class _Count(Callback):
     def after_step(self, learn): self.steps += 1
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #4f8c433d
+@checker
 def check_skip_first(
     cls,  # your class SkipFirst(n)
 ) -> None:
@@ -71,6 +74,7 @@ class _Peek(Callback):
     def after_epoch(self, learn): self.after.append(self._weights(learn))
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #77f3946e
+@checker
 def check_average_weights(
     cls,  # your class AverageWeights(decay)
 ) -> None:
@@ -82,16 +86,17 @@ def check_average_weights(
         average = peek.start
         for w in peek.steps: average = .8*average + .2*w
         assert not torch.equal(peek.inside[0], peek.steps[-1]), \
-            "validation saw the plain weights: swap the averages in at before_validate"
+            "validation saw the plain weights: swap the averages in at before_pass, unless it trains"
         torch.testing.assert_close(
             peek.inside[0], average, rtol=1e-4, atol=1e-6,
             msg="validation saw other weights than the running average: start it from the weights "
                 "before the first step, and update it after each step")
         assert torch.equal(peek.after[0], peek.steps[-1]), \
-            "after validation the model has not its own weights back: use after_validate, and " \
+            "after validation the model has not its own weights back: use after_pass, and " \
             "clone what you keep"
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #a19b762a
+@checker
 def check_f1(
     cls,  # your class F1(c)
 ) -> None:
@@ -102,15 +107,15 @@ def check_f1(
     metric.reset()
     pred, y = torch.tensor([1, 1, 0, 1, 0, 0, 1]), torch.tensor([1, 0, 1, 1, 0, 1, 1])
     for part in (slice(0, 2), slice(2, 7)):
-        metric.add(nn.functional.one_hot(pred[part], 3).float(), y[part])
+        metric.add(nn.functional.one_hot(pred[part], 3).float(), y[part], len(y[part]))
     got = attempt(metric.value)
     assert abs(got - 2*3/(2*3 + 1 + 2)) < 1e-6, \
         f"3 true positives, 1 false positive, 2 false negatives make 6/9; got {got}. " \
         "Do you count over all batches?"
     metric.reset()
-    metric.add(torch.eye(3), torch.tensor([0, 0, 2]))
+    metric.add(torch.eye(3), torch.tensor([0, 0, 2]), 3)
     metric.reset()
-    metric.add(torch.tensor([[1., 0, 0]]), torch.tensor([0]))
+    metric.add(torch.tensor([[1., 0, 0]]), torch.tensor([0]), 1)
     assert attempt(metric.value) == 0, \
         "without any positive, predicted or true, the score is 0; and does reset forget the " \
         "batches before it?"
@@ -120,7 +125,10 @@ class _Cut(Callback):
     "Cancels the epoch where validation begins; notes what comes after."
     order = -99
     def before_fit(self, learn): self.heard = None
-    def before_validate(self, learn): self.heard = []; raise CancelEpoch
+    def before_pass(self, learn):
+        if learn.training: return
+        self.heard = []
+        raise CancelEpoch
 
 
 def _note(name):
@@ -129,11 +137,12 @@ def _note(name):
     return method
 
 
-for _name in ("after_train", "before_batch", "after_pred", "after_loss", "after_batch",
-              "after_validate", "after_epoch", "after_fit"):
+for _name in ("before_batch", "after_pred", "after_loss", "after_batch", "after_pass",
+              "after_epoch", "after_fit"):
     setattr(_Cut, _name, _note(_name))
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #a07673bd
+@checker
 def check_still_heard(
     answer: list,  # names of events, in order
 ) -> None:
@@ -144,13 +153,14 @@ def check_still_heard(
     learn = _learner([cut])
     learn.dls = DataLoaders(_task(16), _task(16))
     learn.fit(1)
-    assert "after_validate" in answer, \
+    assert "after_pass" in answer, \
         "the promise: after_X is heard even when X was cancelled, and validation had begun"
     assert list(answer) == cut.heard, \
         f"{len(cut.heard)} events are heard, from the innermost phase that had begun to the " \
         f"outermost; yours are {len(answer)}"
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #3e23ba66
+@checker
 def check_who_writes(
     answer: set,  # class names
 ) -> None:
@@ -158,8 +168,8 @@ def check_who_writes(
     assert isinstance(answer, (set, list, tuple)) and answer, \
         f"answer with a set of class names, got {answer!r}"
     advice = {"GradientClip": "gradients belong to the learner's model, and it changes them",
-              "GradientAccumulation": "it writes loss_for_grad and will_step",
-              "DeviceCB": "it replaces the batch"}
+              "GradientAccumulation": "it writes loss_for_grad and accumulating",
+              "EMA": "it swaps the weights for a while"}
     for name, why in advice.items():
         assert name in set(answer), \
             f"one is missing; look for the callback of which this is true: {why}"

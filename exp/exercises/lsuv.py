@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..init import gaussian_mean
-from ..setup import attempt, check_numbers
+from ..setup import attempt, check_numbers, checker
 
 # %% ../../nbs/exercises/07_lsuv_exercises.ipynb #8d79d3a9
 def _channel_stats(y):
@@ -21,6 +21,7 @@ def _channel_stats(y):
     return flat.mean(1), flat.std(1, correction=0)
 
 
+@checker
 def check_per_channel_(
     func,  # your per_channel_(layers, x) -> output of the last layer
 ) -> None:
@@ -68,6 +69,7 @@ def _chi(act, std: float) -> float:
     return std**2*up/gaussian_mean(lambda z: act(z).detach()**2, std=std)
 
 
+@checker
 def check_calm_std(
     func,  # your calm_std(act) -> float
 ) -> None:
@@ -75,7 +77,9 @@ def check_calm_std(
     calm = {"relu": F.relu, "sin": torch.sin, "tanh": torch.tanh, "gelu": F.gelu}
     for name, act in calm.items():
         got = attempt(func, act)
-        assert isinstance(got, float), f"{name}: expected a float, got {type(got).__name__}"
+        try: got = float(got)
+        except (TypeError, ValueError, RuntimeError): got = math.nan
+        assert got == got, f"{name}: return a number, one of 4.0, 3.9, …, 0.1"
         assert abs(10*got - round(10*got)) < 1e-6 and .05 < got < 4.05, (
             f"{name}: {got} is none of 4.0, 3.9, …, 0.1")
         here = _chi(act, got)**15
@@ -91,6 +95,9 @@ def check_calm_std(
         try: got = func(act)
         except ValueError as error:
             assert str(error), f"{name}: let the ValueError say that no std is calm"
+        except Exception as error:
+            raise AssertionError(f"{name}: no σ is calm, and that should be a ValueError, not "
+                                 f"{type(error).__name__}: {error}") from error
         else: raise AssertionError(f"{name}: no σ in the list is calm, got {got} where a "
                                    "ValueError should say so")
 
@@ -109,6 +116,7 @@ class _Backwards(nn.Module):
     def forward(self, x): return self.late(self.early(x))
 
 
+@checker
 def check_first_dead(
     func,  # your first_dead(model, xb, share=1e-3) -> name, or ''
 ) -> None:
@@ -127,7 +135,8 @@ def check_first_dead(
              ("layers written down backwards", _Backwards(), "early",
               "go by the order of running; and a std of 0 is dead")]
     for what, model, truth, hint in cases:
-        got = attempt(func, model, torch.randn(50, 6))
+        got = attempt(func, model.train(), torch.randn(50, 6))
+        assert model.training, f"{what}: the model was in training mode, and must be again"
         assert isinstance(got, str), (
             f"{what}: return the layer's name, or '' if all is well; got {got!r}")
         assert got == truth, f"{what}: the answer is {truth!r}, yours {got!r}: {hint}"
@@ -138,8 +147,9 @@ def check_first_dead(
         "inputs: use the argument")
 
 # %% ../../nbs/exercises/07_lsuv_exercises.ipynb #224ff0ae
+@checker
 def check_predictions(
-    answer,  # dict with the keys all_at_once, tripled, behind, bounded, centred
+    answer: dict,  # with the keys all_at_once, tripled, behind, bounded, centred
 ) -> None:
     "Check exercise 4. Raises: AssertionError with advice."
     left = .5 - 1/(2*math.pi)
@@ -158,6 +168,7 @@ _SIX = {"sigmoid": torch.sigmoid, "softplus": F.softplus, "relu": F.relu, "abs":
         "exp": torch.exp, "tanh": torch.tanh}
 
 
+@checker
 def check_centred(
     answer: set,  # names
 ) -> None:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..setup import attempt
+from ..setup import attempt, checker
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #56548c26
 class _WithoutProducts(TorchFunctionMode):
@@ -28,6 +28,7 @@ def _numbers(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #b64e97d0
+@checker
 def check_broadcast_shapes(
     func,  # your broadcast_shapes(*shapes) -> tuple
 ) -> None:
@@ -51,6 +52,7 @@ def check_broadcast_shapes(
         raise AssertionError(f"{shapes} gave {got}, but there is no 1 to stretch: raise ValueError")
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #4bd4bbf9
+@checker
 def check_batch_matmul(
     func,  # your batch_matmul(a, b) -> (…, n, m)
 ) -> None:
@@ -68,6 +70,7 @@ def check_batch_matmul(
                                            "is k of `a` multiplied with k of `b`?")
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #d7cf2717
+@checker
 def check_einsum2(
     func,  # your einsum2(spec, a, b) -> tensor
 ) -> None:
@@ -92,6 +95,7 @@ def check_einsum2(
         assert torch.allclose(got, want), f"{spec} has the right shape but wrong numbers ({hint})"
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #83035af9
+@checker
 def check_matmul_blocked(
     func,  # your matmul_blocked(a, b, size, kernel) -> (n, m)
 ) -> None:
@@ -112,6 +116,7 @@ def check_matmul_blocked(
         assert torch.allclose(got, a @ b), f"{here}: wrong numbers; do you *add* along k?"
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #17880e30
+@checker
 def check_predictions(
     answer,  # dict: expression -> tuple or number
 ) -> None:
@@ -147,6 +152,7 @@ def check_predictions(
         assert got == want, f"{question} is not {got}: {hint}"
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #c2078e13
+@checker
 def check_strassen(
     func,  # your strassen(a, b, kernel) -> (n, n), n even
 ) -> None:

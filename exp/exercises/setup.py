@@ -8,9 +8,10 @@ import random
 
 import torch
 
-from ..setup import attempt
+from ..setup import attempt, checker
 
 # %% ../../nbs/exercises/00_setup_exercises.ipynb #9a073b27
+@checker
 def check_seeded_rand(
     func,  # your seeded_rand(n, seed) -> (n,) tensor
 ) -> None:
@@ -30,6 +31,7 @@ def check_seeded_rand(
         "the global generator was disturbed: draw from a torch.Generator of your own")
 
 # %% ../../nbs/exercises/00_setup_exercises.ipynb #9d103b1b
+@checker
 def check_read_ledger(
     func,  # your read_ledger(text) -> list of names
 ) -> None:
@@ -59,6 +61,7 @@ def _two_numbers() -> dict:
             "C": (first, seeded(random.random)), "D": (first, seeded(lambda: torch.rand(1)))}
 
 # %% ../../nbs/exercises/00_setup_exercises.ipynb #62b3c7d2
+@checker
 def check_who_repeats(
     answer: set,  # letters of the programs that print the same number twice
 ) -> None:

@@ -72,16 +72,12 @@ def bare_epoch(model, batches, lr: float = .1):
         opt.step(); opt.zero_grad()
 
 
-@bench("Learner + Recorder + Progress against a bare loop: MLP 784-50-10, 782 batches of 64, one thread", "≤1.15×")
+@bench("Learner with its default callbacks, quiet, against a bare loop: MLP 784-50-10, 782 batches of 64, one thread", "≤1.10×")
 def learner():
-    import io
-    from contextlib import redirect_stdout
-    from exp.learner import DataLoaders, Learner, Progress, Recorder
+    from exp.learner import DataLoaders, Learner
     torch.set_num_threads(1)
     batches = in_memory()
-    def ours():
-        with redirect_stdout(io.StringIO()):
-            Learner(mlp(), DataLoaders(batches), F.cross_entropy, torch.optim.SGD, cbs=[Recorder(), Progress(style="terminal")]).fit(1)
+    def ours(): Learner(mlp(), DataLoaders(batches), F.cross_entropy, torch.optim.SGD, .1, quiet=True).fit(1)
     return ours, lambda: bare_epoch(mlp(), batches)
 
 
@@ -89,22 +85,33 @@ def drain(loader):
     for _ in loader: pass
 
 
-@bench("DataLoader of exp.training against torch's: 60,000 × 784 in memory, batches of 64", "≤1.0×")
-def loader():
+def in_memory_loaders(**rival):
+    "Our loader and torch's, over 60,000 × 784 numbers in memory, shuffled."
     from torch.utils import data
-    from exp.training import DataLoader, TensorDataset
+    from exp.loaders import DataLoader, TensorDataset
     x, y = torch.randn(60_000, 784), torch.randint(0, 10, (60_000,))
-    mine, theirs = DataLoader(TensorDataset(x, y), 64, shuffle=True), data.DataLoader(data.TensorDataset(x, y), 64, shuffle=True)
-    return lambda: drain(mine), lambda: drain(theirs)
+    theirs = data.TensorDataset(x, y)
+    if rival: rival = {"batch_size": None, "sampler": data.BatchSampler(data.RandomSampler(theirs), 64, drop_last=False)}
+    other = data.DataLoader(theirs, **(rival or {"batch_size": 64, "shuffle": True}))
+    mine = DataLoader(TensorDataset(x, y), 64, shuffle=True)
+    return lambda: drain(mine), lambda: drain(other)
+
+
+@bench("DataLoader against torch's default: 60,000 × 784 in memory, batches of 64", "≤0.4×")
+def loader_default(): return in_memory_loaders()
+
+
+@bench("the same against torch's with batch_size=None, sampler=BatchSampler(…)", "≤0.9×")
+def loader_batches(): return in_memory_loaders(by_batch=True)
 
 
 def on_images(cbs, scheduler: bool = False):
     "One epoch of the five-layer CNN on 40 batches of 128 images."
-    from exp.hooks import simple_cnn
+    from exp.conv import simple_cnn
     from exp.learner import DataLoaders, Learner
     torch.manual_seed(0)
     batches = list(zip(torch.randn(40, 128, 1, 28, 28), torch.randint(0, 10, (40, 128))))
-    return lambda: Learner(simple_cnn(), DataLoaders(batches), F.cross_entropy, torch.optim.SGD, cbs=cbs()).fit(1)
+    return lambda: Learner(simple_cnn(), DataLoaders(batches), F.cross_entropy, torch.optim.SGD, .1, cbs(), quiet=True).fit(1)
 
 
 @bench("ActivationStats on a CNN of 5 layers, every step, against the same training without", "≤1.3×")
@@ -119,7 +126,7 @@ def schedule():
     from exp.schedule import one_cycle
     torch.set_num_threads(1)
     batches = in_memory()
-    def train(cbs): Learner(mlp(), DataLoaders(batches), F.cross_entropy, torch.optim.SGD, cbs=cbs).fit(1)
+    def train(cbs): Learner(mlp(), DataLoaders(batches), F.cross_entropy, torch.optim.SGD, .1, cbs, quiet=True).fit(1)
     return lambda: train([one_cycle(.1)]), lambda: train([])
 
 
@@ -139,19 +146,31 @@ def xresnet50_parameters(n_out: int = 10):
     return params
 
 
-@bench("the same in a process that keeps what it has freed, so that the large temporaries of foreach cost no page faults", "none", MALLOC_TRIM_THRESHOLD_="100000000000", MALLOC_MMAP_THRESHOLD_="100000000000")
-@bench("AdamW step of exp.optim on xresnet50's parameters (23.5 M in 167 tensors), eager, against torch.optim.AdamW(foreach=True)", "≤0.7×")
-def adamw_step():
+def adamw_steps(**rival):
+    "A step of exp.optim's AdamW on an xresnet50's parameters, and one of PyTorch's."
     from exp.optim import adamw
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    return adamw(xresnet50_parameters(), lr=1e-3).step, torch.optim.AdamW(xresnet50_parameters(), lr=1e-3, foreach=True).step
+    return adamw(xresnet50_parameters(), lr=1e-3).step, torch.optim.AdamW(xresnet50_parameters(), lr=1e-3, **rival).step
+
+
+@bench("the same in a process that keeps what it has freed, so that the large temporaries of foreach cost no page faults", "none", MALLOC_TRIM_THRESHOLD_="100000000000", MALLOC_MMAP_THRESHOLD_="100000000000")
+@bench("AdamW step of exp.optim on xresnet50's parameters (23.5 M in 167 tensors), eager, against torch.optim.AdamW(foreach=True)", "≤0.7×")
+def adamw_foreach(): return adamw_steps(foreach=True)
+
+
+@bench("the same AdamW step against PyTorch's default (on a CPU one tensor after the other)", "none")
+def adamw_default(): return adamw_steps()
+
+
+@bench("the same AdamW step against torch.optim.AdamW(fused=True), one pass in C++", "none")
+def adamw_fused(): return adamw_steps(fused=True)
 
 
 def photo_files(n: int = 1280) -> list[str]:
     "Training photos of Imagenette, or of its stand-in, drawn by lot; always the same ones."
     import random
-    from exp.data import image_files
     from exp.datasets import fetch
+    from exp.photos import image_files
     files = image_files(fetch("imagenette2-160")/"train").items
     random.Random(0).shuffle(files)
     return sorted((files*(1 + n//len(files)))[:n])
@@ -163,14 +182,14 @@ def usual_photos(files: list[str]):
     import numpy as np
     from PIL import Image
     from torch.utils import data
-    from exp.data import RandomResizedCrop
+    from exp.photos import RandomResizedCrop
     crop = RandomResizedCrop(128)
 
     class Photos(data.Dataset):
         def __len__(self): return len(files)
         def __getitem__(self, i):
             with Image.open(files[i]) as im: im = im.convert("RGB")
-            im = im.resize((128, 128), Image.BILINEAR, box=crop.box(*im.size))
+            im = im.resize((128, 128), Image.BILINEAR, box=crop.box(*im.size, torch.default_generator))
             return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous().float().div_(255), 0
 
     warnings.filterwarnings("ignore", "This DataLoader will create")
@@ -180,36 +199,41 @@ def usual_photos(files: list[str]):
     return loaders[times.index(min(times))]
 
 
-def our_photos(files: list[str], *first):
-    from exp.data import ItemLoader, ItemSet, RandomResizedCrop, compose, to_byte, to_float
-    photos = ItemSet(files, torch.zeros(len(files), dtype=torch.long), compose(*first, to_byte, RandomResizedCrop(128)))
-    return ItemLoader(photos, 64, shuffle=True, device="cpu", batch_tfms=to_float)
+def our_photos(files: list[str], opener):
+    "An epoch of our loader, whose batches become floats as a Learner would have it."
+    from exp.data import ItemSet, Pipeline
+    from exp.loaders import DataLoader
+    from exp.photos import RandomResizedCrop, to_float
+    photos = ItemSet(files, lambda file: 0, Pipeline([opener, RandomResizedCrop(128)]), Pipeline())
+    loader, on_batch = DataLoader(photos, 64, shuffle=True, num_workers=None, workers="threads"), Pipeline(to_float)
+    return lambda: drain(map(on_batch, loader))
 
 
-@bench("JPEG folder → RandomResizedCrop(128), batches of 64, against torch's DataLoader with Pillow at its best worker count", "≤0.67× (1.5 times the photos per second)")
+@bench("JPEG folder → RandomResizedCrop(128), batches of 64, against torch's DataLoader with Pillow at its best worker count", "≤0.6×")
 def photos():
-    from exp.data import open_byte
+    from exp.photos import open_byte
     files = photo_files()
     mine, theirs = our_photos(files, open_byte), usual_photos(files)
-    return lambda: drain(mine), lambda: drain(theirs)
+    return mine, lambda: drain(theirs)
 
 
-@bench("the same from the decoded cache, as from the second epoch on", "≤0.33× (3 times the photos per second)")
+@bench("the same from the decoded cache, as from the second epoch on", "≤0.33×")
 def cached_photos():
     import tempfile
-    from exp.data import PhotoCache
+    from exp.photos import PhotoCache
     files = photo_files()
     folder = tempfile.TemporaryDirectory()
     mine, theirs = our_photos(files, PhotoCache(files, 160, folder.name)), usual_photos(files)
-    def ours(folder=folder): drain(mine)             # the folder lives as long as the benchmark
+    def ours(folder=folder): mine()                  # the folder lives as long as the benchmark
     return ours, lambda: drain(theirs)
 
 
-@bench("get_files against a bare os.walk, Imagenette's folder (13,394 photos)", "≤1.3×")
+@bench("get_files against a bare os.walk, Imagenette's folder (13,394 photos)", "≤2×")
 def finding():
     import os
-    from exp.data import IMAGES, get_files
+    from exp.data import get_files
     from exp.datasets import fetch
+    from exp.photos import IMAGES
     path = str(fetch("imagenette2-160"))
     def walk():
         for _ in range(5):

@@ -1,0 +1,545 @@
+"Lesson 04a: datasets, samplers, collate, the loader with and without workers: laws, faults, and agreement with PyTorch."
+import gc
+import multiprocessing as mp
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import types
+import warnings
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.utils import data
+
+from exp import loaders
+from exp.loaders import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset, collate, cpus, current_generator, read_batch, thread_map
+from exp.setup import set_seed
+from exp.testing import test_like
+
+fork_only = pytest.mark.skipif(loaders._START != "fork", reason="workers of a test need fork")
+Pair = namedtuple("Pair", "image mask")
+
+
+def pictures(n=20): return TensorDataset(torch.arange(n*3.).view(n, 3), torch.arange(n))
+
+
+class Items:
+    "A dataset without get_batch; an item may wait, fail, or kill its process."
+    def __init__(self, n=20, bad=(), kill=None, wait=0.): self.n, self.bad, self.kill, self.wait = n, bad, kill, wait
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        time.sleep(self.wait)
+        if i in self.bad: raise KeyError("no such picture")
+        if i == self.kill: os.kill(os.getpid(), signal.SIGKILL)
+        return torch.full((3,), float(i)), i
+
+
+class Chance(Items):
+    "Each item is the numbers that our generator, PyTorch's, NumPy's and Python's give it."
+    def __getitem__(self, i):
+        if i in self.bad: raise KeyError("no such picture")
+        ours = torch.rand((), generator=current_generator(), dtype=torch.float64)
+        return torch.tensor([ours, torch.rand(()), np.random.rand(), random.random()], dtype=torch.float64), i
+
+
+KINDS = {"none": {}, "1 process": dict(num_workers=1), "3 processes": dict(num_workers=3),
+         "persistent": dict(num_workers=2, persistent_workers=True), "threads": dict(num_workers=3, workers="threads")}
+kinds = pytest.mark.parametrize("kind", [pytest.param(k, marks=fork_only) if "num_workers" in v and "workers" not in v else k for k, v in KINDS.items()])
+
+
+def alive(): return mp.active_children()
+
+
+# --- datasets, samplers, collate --------------------------------------------------------------------------------------------
+
+def test_tensor_dataset():
+    ds = pictures()
+    assert len(ds) == 20 and isinstance(ds, Dataset)
+    test_like(ds[3], data.TensorDataset(*ds.tensors)[3])
+    test_like(ds.get_batch([4, 2, 2]), collate([ds[4], ds[2], ds[2]]))
+    for bad in ((), (torch.ones(2), torch.ones(3))):
+        with pytest.raises(ValueError, match="length"): TensorDataset(*bad)
+
+
+def test_a_subclass_with_its_own_items_is_asked_for_each_of_them():
+    class Flip(TensorDataset):
+        "One coin per item."
+        asked = []
+        def __getitem__(self, i):
+            self.asked.append(i)
+            x, y = super().__getitem__(i)
+            return x.flip(0) if i % 2 else x, y
+    class Again(Flip): pass
+    class Whole(Flip):
+        def get_batch(self, idxs): return "a whole batch"
+    for cls in (Flip, Again):
+        ds = cls(*pictures(6).tensors)
+        xb, yb = next(iter(DataLoader(ds, 6)))
+        assert cls.asked == list(range(6)) and all(isinstance(i, int) for i in cls.asked); cls.asked.clear()
+        test_like((xb, yb), collate([ds[i] for i in range(6)])); cls.asked.clear()
+    assert next(iter(DataLoader(Whole(*pictures(6).tensors), 6))) == "a whole batch"
+    class Torchy(Items):
+        def __getitems__(self, idxs): return [(-i, i) for i in idxs]
+    class Under(Torchy):
+        def __getitem__(self, i): return 7, i
+    assert next(iter(DataLoader(Torchy(), 3)))[0].tolist() == [0, -1, -2]
+    assert next(iter(DataLoader(Under(), 3)))[0].tolist() == [7, 7, 7]
+    assert next(iter(DataLoader(data.Subset(pictures(), [5, 3]), 2)))[1].tolist() == [5, 3]
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_samplers_deal_every_index_once_and_as_pytorch_does(n, bs, shuffle, drop_last, seed):
+    g = lambda: torch.Generator().manual_seed(seed)
+    sampler = Sampler(range(n), shuffle, g())
+    theirs = data.RandomSampler(range(n), generator=g()) if shuffle else data.SequentialSampler(range(n))
+    assert list(sampler) == list(theirs)
+    assert (again := list(sampler)) == sorted(again) or shuffle
+    assert sorted(again) == list(range(n))
+    ours, theirs = (f(list(range(n)), bs, drop_last) for f in (BatchSampler, data.BatchSampler))
+    assert list(ours) == list(theirs) and len(ours) == len(theirs) == len(list(ours))
+
+
+def test_shuffling_follows_the_seed_and_leaves_a_private_generator_private():
+    orders = []
+    for seed in (1, 1, 2): set_seed(seed); s = Sampler(range(50), True); orders.append((list(s), list(s)))
+    assert orders[0] == orders[1] != orders[2] and orders[0][0] != orders[0][1]
+    state = torch.get_rng_state()
+    for ds in (pictures(), Items()): list(DataLoader(ds, 4, shuffle=True, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(state, torch.get_rng_state())
+    list(DataLoader(pictures(), 4)); assert torch.equal(state, torch.get_rng_state())   # rows in order: no chance involved
+
+
+@pytest.mark.parametrize("items", [
+    [(torch.ones(2), 1), (torch.zeros(2), 2)], [[1, 2.], [3, 4.]], [1, 2], [1.5, 2.], [True, False],
+    [np.ones((2, 2), np.float32), np.zeros((2, 2), np.float32)], [np.int32(1), np.int32(2)], [torch.tensor(1)], ["a", "b"], [b"a", b"b"],
+    [{"a": torch.ones(1), "b": (1, 2.)}, {"a": torch.zeros(1), "b": (3, 4.)}], [Pair(1., 2), Pair(3., 4)],
+    [{"pair": Pair(torch.ones(1), "x")}, {"pair": Pair(torch.zeros(1), "y")}],
+])
+def test_collate_equals_pytorchs(items):
+    ours, theirs = collate(items), data.default_collate(items)
+    test_like(as_tuples(ours), as_tuples(theirs))
+    assert type(ours) is type(theirs) or type(items[0]) is tuple is type(ours)
+
+
+def as_tuples(x):
+    if isinstance(x, dict): return {k: as_tuples(v) for k, v in x.items()}
+    if isinstance(x, (str, bytes)): return torch.tensor(list(x.encode() if isinstance(x, str) else x))
+    return tuple(map(as_tuples, x)) if isinstance(x, (list, tuple)) else x
+
+
+class Image(torch.Tensor): "A tensor that knows it is a picture."
+
+
+def test_collate_keeps_types():
+    pair = collate([Pair(torch.ones(2), 1), Pair(torch.zeros(2), 2)])
+    assert type(pair) is Pair and pair.image.shape == (2, 2) and pair.mask.tolist() == [1, 2]
+    for make in (dict, OrderedDict, UserDict, lambda d: defaultdict(list, d)):
+        items = [make({"b": 1, "a": 2.}), make({"b": 3, "a": 4.})]
+        batch = collate(items)
+        assert type(batch) is type(items[0]) and list(batch) == ["b", "a"] and batch["b"].tolist() == [1, 3] and items[0]["b"] == 1
+    assert collate([types.MappingProxyType({"a": 1})])["a"].tolist() == [1]
+    image = collate([torch.ones(2).as_subclass(Image), torch.zeros(2).as_subclass(Image)])
+    assert type(image) is Image and image.shape == (2, 2)
+    assert type(collate([(image, Pair(image, 1))])[1].image) is Image
+
+
+@pytest.mark.parametrize("items, error, words", [
+    ([torch.ones(2), torch.ones(3)], RuntimeError, r"\[2\].*\[3\]"), ([(1, 2), (1,)], ValueError, "shorter"), ([None, None], TypeError, "object"),
+    ([np.ones(2), np.ones(3)], ValueError, "shape"), ([{"a": 1, "b": 2}, {"a": 1}], KeyError, "b"),
+])
+def test_collate_refuses(items, error, words):
+    with pytest.raises(error, match=words): collate(items)
+
+
+# --- the loader in this process ---------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 40), st.integers(1, 15), st.booleans(), st.booleans())
+def test_loader_gives_pytorchs_batches(n, bs, drop_last, whole):
+    ds = pictures(n) if whole else Items(n)
+    if drop_last and bs > n: return
+    ours, theirs = DataLoader(ds, bs, drop_last=drop_last), data.DataLoader(ds, bs, drop_last=drop_last)
+    assert len(ours) == len(theirs) == len(list(ours))
+    test_like(list(map(tuple, ours)), list(map(tuple, theirs)))
+
+
+def test_loader_options():
+    order = [3, 1, 1, 7]
+    assert [yb.tolist() for _, yb in DataLoader(pictures(), 2, sampler=order)] == [[3, 1], [1, 7]]
+    assert list(DataLoader(pictures(4), 2, collate_fn=len)) == [2, 2]                     # not bypassed by get_batch
+    dl = DataLoader(pictures(), 5, shuffle=True)
+    a, b = iter(dl), iter(dl); assert sorted(torch.cat([next(i)[1] for i in (a,)*4]).tolist()) == list(range(20)); next(b)
+    test_like(list(DataLoader([(1, 2), (3, 4)], 2))[0], (torch.tensor([1, 3]), torch.tensor([2, 4])))
+    assert len(next(iter(DataLoader(pictures(100))))[1]) == 64
+
+
+def test_a_batch_sampler_decides_who_comes_together():
+    lists = [[4, 2], [7], [1, 1, 0]]
+    dl = DataLoader(pictures(), batch_sampler=lists)
+    assert len(dl) == 3 and [yb.tolist() for _, yb in dl] == lists
+    theirs = data.DataLoader(pictures(), batch_sampler=lists)
+    test_like(list(map(tuple, dl)), list(map(tuple, theirs)))
+    class Endless:
+        def __iter__(self):
+            while True: yield [0, 1]
+    dl = DataLoader(pictures(), batch_sampler=Endless())
+    it = iter(dl); assert [next(it)[1].tolist() for _ in range(3)] == [[0, 1]]*3
+    with pytest.raises(TypeError, match="len"): len(dl)
+    by_torch = data.BatchSampler(data.RandomSampler(range(20), generator=torch.Generator().manual_seed(1)), 6, False)
+    assert sorted(torch.cat([yb for _, yb in DataLoader(pictures(), batch_sampler=by_torch)]).tolist()) == list(range(20))
+
+
+@kinds
+def test_indices_are_those_of_the_batch_just_given(kind):
+    for ds in (pictures(), Items()):
+        dl = DataLoader(ds, 3, shuffle=True, **KINDS[kind])
+        for _, yb in dl: assert list(dl.indices) == yb.tolist()
+        dl = DataLoader(ds, batch_sampler=[[4, 4], [1]], **KINDS[kind])
+        assert [list(dl.indices) for _ in dl] == [[4, 4], [1]]
+
+
+def test_a_batch_is_right_whichever_way_it_is_read():
+    ds, idxs = pictures(), [5, 0, 19]
+    test_like(read_batch(ds, idxs), read_batch(ds, idxs, lambda items: collate(items)))
+
+
+@pytest.mark.parametrize("args, error, words", [
+    (dict(ds=[], bs=2), ValueError, "no batch: 0 items"), (dict(ds=iter([1]), bs=2), TypeError, "len"), (dict(bs=0), ValueError, "bs=0"),
+    (dict(shuffle=True, sampler=[1]), ValueError, "sampler"),
+    (dict(bs=9, ds=[1, 2], drop_last=True), ValueError, "drop_last"), (dict(sampler=[]), ValueError, "no batch"), (dict(batch_sampler=[]), ValueError, "no batch"),
+    (dict(sampler=[1], batch_sampler=[[1]]), ValueError, "give one"), (dict(workers="gnomes"), ValueError, "gnomes"), (dict(on_error="weep"), ValueError, "weep"),
+])
+def test_loader_refuses(args, error, words):
+    with pytest.raises(error, match=words): DataLoader(**{"ds": pictures(), "bs": 2} | args)
+
+
+# --- chance -----------------------------------------------------------------------------------------------------------------
+
+def epochs(kind, n=3, ds=None, **options):
+    "n epochs as tensors (4, items): our generator, PyTorch's, NumPy's, Python's."
+    set_seed(4); dl = DataLoader(ds or Chance(), **{"bs": 3} | options | KINDS[kind])
+    return [torch.cat([xb for xb, _ in dl]).T for _ in range(n)]
+
+
+@kinds
+@pytest.mark.parametrize("order", [dict(), dict(shuffle=True), dict(sampler=[3, 1, 1, 2, 1]), dict(batch_sampler=[[1, 2], [5, 1, 0]])])
+def test_chance_is_the_same_whoever_makes_the_item_and_new_every_time(kind, order):
+    right, got = epochs("none", **order), epochs(kind, **order)
+    rows = slice(0, 1) if kind == "threads" else slice(None)     # threads share the global generators, and draw from them in any order
+    first = got[:1] if kind == "threads" else got
+    for a, b in zip(right, first): test_like(a[rows], b[rows], rtol=0, atol=0)
+    for row in zip(*got):
+        numbers = torch.cat(row)
+        assert len(numbers.unique()) == len(numbers), "no number comes twice: not in an epoch, not in the next, not for the same item again"
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 25), st.integers(1, 9), st.integers(1, 4), st.booleans(), st.booleans())
+def test_our_generator_gives_the_same_for_any_number_of_threads(n, bs, threads, shuffle, drop_last):
+    class Ours(Items):
+        def __getitem__(self, i): return torch.rand(2, generator=current_generator()), i
+    if drop_last and bs > n: return
+    runs = []
+    for options in (dict(), dict(num_workers=threads, workers="threads")):
+        set_seed(n); dl = DataLoader(Ours(n), bs, shuffle, drop_last=drop_last, **options)
+        runs.append([list(dl), list(dl), torch.rand(1)])
+    test_like(*runs, rtol=0, atol=0)
+
+
+def test_making_items_leaves_the_global_generators_where_they_were():
+    set_seed(1); list(DataLoader(Items(), 3)); after = torch.rand(1), np.random.rand(), random.random()
+    set_seed(1); list(DataLoader(Chance(), 3)); test_like((torch.rand(1), np.random.rand(), random.random()), after, rtol=0, atol=0)
+    assert current_generator() is torch.default_generator
+    class Fails(Items):
+        def __getitem__(self, i): current_generator(); torch.rand(1); raise ValueError
+    set_seed(1)
+    with pytest.raises(ValueError): list(DataLoader(Fails(), 3))
+    test_like(torch.rand(1), after[0], rtol=0, atol=0)
+    assert current_generator() is torch.default_generator
+
+
+def test_an_item_that_fails_moves_nobody_elses_chance():
+    whole, holes = (epochs("none", ds=Chance(9, bad=bad), on_error="skip")[0] for bad in ((), (4, 8)))
+    keep = [i for i in range(9) if i not in (4, 8)]
+    test_like(whole[0, keep], holes[0], rtol=0, atol=0)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------------
+
+@kinds
+def test_a_failing_item_is_named_and_its_error_keeps_its_type(kind):
+    seen = []
+    with pytest.raises(KeyError, match=r"no such picture") as caught:
+        for _, yb in DataLoader(Items(bad=[13]), 4, **KINDS[kind]): seen += yb.tolist()
+    assert seen == list(range(12)), "what came before is delivered"
+    notes = "\n".join(caught.value.__notes__)
+    assert "Items[13]" in notes and ("process" not in kind or "in worker" in notes and "__getitem__" in notes)
+    del caught
+    gc.collect()
+    assert not alive()
+
+
+@kinds
+def test_items_that_do_not_fit_together_are_named(kind):
+    class Odd(Items):
+        def __getitem__(self, i): return torch.zeros(3 if i == 5 else 2)
+    with pytest.raises(RuntimeError, match="equal size") as caught: list(DataLoader(Odd(), 4, **KINDS[kind]))
+    assert "items [4, 5, 6, 7]" in "\n".join(caught.value.__notes__)
+
+
+@fork_only
+def test_an_error_that_cannot_be_sent_is_told():
+    class Stubborn(Exception):
+        def __init__(self, a, b): super().__init__(f"{a} and {b}")
+    class Fails(Items):
+        def __getitem__(self, i): raise Stubborn(i, "more")
+    with pytest.raises(RuntimeError, match="Stubborn: 0 and more") as caught: list(DataLoader(Fails(), 4, num_workers=1))
+    assert "Fails[0]" in "\n".join(caught.value.__notes__)
+
+
+@kinds
+def test_skip_leaves_bad_items_out_and_says_which(kind):
+    dl = DataLoader(Items(bad=[0, 1, 5]), 2, on_error="skip", **KINDS[kind])
+    for _ in range(2):
+        batches = [(list(dl.indices), yb.tolist()) for _, yb in dl]
+        assert all(a == b for a, b in batches) and sum((a for a, _ in batches), []) == [i for i in range(20) if i not in (0, 1, 5)]
+        assert dl.skipped == dict.fromkeys([0, 1, 5], "KeyError: 'no such picture'")
+    with pytest.raises(RuntimeError, match="no item.*no such picture"): list(DataLoader(Items(bad=range(20)), 2, on_error="skip", **KINDS[kind]))
+    class Half(TensorDataset):
+        def __getitem__(self, i): return super().__getitem__(i) if i % 2 else 1/0
+    assert next(iter(DataLoader(Half(*pictures().tensors), 6, on_error="skip", **KINDS[kind])))[1].tolist() == [1, 3, 5]
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------------
+
+@kinds
+def test_workers_change_nothing(kind):
+    for ds in (pictures(), Items()):
+        for options in (dict(shuffle=True), dict(drop_last=True), dict(sampler=[1, 1, 2]), dict(batch_sampler=[[3], [1, 2]])):
+            runs = []
+            for workers in ({}, KINDS[kind]):
+                set_seed(1); dl = DataLoader(ds, **{"bs": 3} | options | workers)
+                runs.append([list(dl), list(dl), torch.rand(1)])
+            test_like(*runs, rtol=0, atol=0)
+    del dl
+    assert not alive()
+
+
+@fork_only
+@pytest.mark.parametrize("batch", [torch.ones(2, dtype=torch.bfloat16), {"a": [torch.zeros(0), "text", None]}, np.arange(3), torch.ones(2, 3).T,
+                                   Pair(torch.ones(1), 2), torch.ones(2).as_subclass(Image), torch.zeros(3, dtype=torch.bool), torch.ones(2, requires_grad=True)*2])
+def test_any_batch_comes_through(batch):
+    got = next(iter(DataLoader(Items(2), 2, num_workers=1, collate_fn=lambda items: batch)))
+    assert type(got) is type(batch)
+    if isinstance(batch, dict): assert got["a"][1:] == ["text", None] and got["a"][0].shape == (0,)
+    elif isinstance(batch, torch.Tensor):
+        test_like(got.as_subclass(torch.Tensor), batch.detach().as_subclass(torch.Tensor)); got.zero_()   # writable
+    else: test_like(got, batch)
+
+
+@fork_only
+def test_a_batch_that_cannot_be_sent_is_an_error_not_a_hang():
+    with pytest.raises((pickle.PicklingError, AttributeError), match="pickle"): list(DataLoader(Items(), 2, num_workers=2, collate_fn=lambda items: lambda: 0))
+
+
+@fork_only
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_killed_worker_raises(persistent):
+    start, options = time.monotonic(), dict(num_workers=2, persistent_workers=persistent)
+    with pytest.raises(RuntimeError, match=r"worker [01] was killed by SIGKILL at items \[6, 7\].*memory"): list(DataLoader(Items(kill=7), 2, **options))
+    class Exits(Items):
+        def __getitem__(self, i): os._exit(3)
+    with pytest.raises(RuntimeError, match="exit code 3"): list(DataLoader(Exits(), 2, **options))
+    dl = DataLoader(Items(40), 2, **options); it = iter(dl); next(it)
+    for p in alive(): p.kill(); p.join()
+    with pytest.raises(RuntimeError, match="killed by SIGKILL"): list(it)                  # killed while idle
+    assert len(list(dl)) == 20, "the next epoch has new workers"
+    if persistent:
+        for p in alive(): p.kill(); p.join()
+        assert len(list(dl)) == 20
+    del dl
+    assert time.monotonic() - start < 20 and not alive()
+
+
+@fork_only
+def test_workers_persist_between_epochs_and_end_with_the_loader():
+    class Who(Items):
+        def __getitem__(self, i): return os.getpid()
+    dl = DataLoader(Who(), 5, num_workers=2, persistent_workers=True)
+    pids = {int(p) for _ in range(3) for b in dl for p in b}
+    for _ in dl: break                                              # leaving early keeps them
+    pids |= {int(p) for b in dl for p in b}
+    assert pids == {p.pid for p in alive()} and len(pids) <= 2
+    a, b = iter(dl), iter(dl)                                       # two epochs at once share them
+    for x, y in zip(a, b): assert {*x.tolist(), *y.tolist()} <= pids
+    del a, b
+    with pytest.raises(ZeroDivisionError):
+        for _ in dl: raise ZeroDivisionError
+    assert len(list(dl)) == 4
+    del dl; gc.collect()
+    assert not alive()
+    pids = [{int(p) for b in DataLoader(Who(), 5, num_workers=2) for p in b} for _ in range(2)]
+    assert not pids[0] & pids[1] and not alive()
+
+
+@fork_only
+@pytest.mark.parametrize("persistent", [False, True])
+def test_leaving_early_ends_the_workers_and_ctrl_c_keeps_things_usable(persistent):
+    for _ in DataLoader(Items(wait=.01), 2, num_workers=2): break
+    assert not alive()
+    ds = Items(wait=60.)
+    dl = DataLoader(ds, 2, num_workers=2, persistent_workers=persistent)
+    it = iter(dl)
+    threading.Timer(.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt): next(it)                                     # Ctrl-C while a worker is busy for a minute
+    assert time.monotonic() - start < 20 and not alive()
+    ds.wait = 0.
+    assert len(list(dl)) == 10
+
+
+@fork_only
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_no_worker_outlives_its_process(signum, persistent):
+    code = f"""
+        import multiprocessing, sys, time
+        from exp.loaders import DataLoader
+        dl = DataLoader([(i, i) for i in range(1000)], 2, num_workers=2, persistent_workers={persistent})
+        it = iter(dl)
+        next(it); print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+        time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pids = list(map(int, process.stdout.readline().split()))
+    assert len(pids) == 2
+    process.send_signal(signum); process.wait(20)
+    deadline = time.monotonic() + 10
+    def running(pid):
+        try: return open(f"/proc/{pid}/stat").read().split()[2] != "Z"
+        except (FileNotFoundError, ProcessLookupError): return False
+    while any(map(running, pids)) and time.monotonic() < deadline: time.sleep(.02)
+    assert not any(map(running, pids))
+    process.stdout.close(); process.stderr.close()
+
+
+@fork_only
+def test_many_batches_kept_need_no_file_handles():
+    code = """
+        import resource, torch
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        from exp.loaders import DataLoader
+        class Rows:
+            def __len__(self): return 400
+            def __getitem__(self, i): return torch.zeros(1000), i
+        print(len(list(DataLoader(Rows(), 2, num_workers=2))))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.stdout == "200\n", done.stderr
+
+
+def test_without_fork(monkeypatch):
+    monkeypatch.setattr(loaders, "_START", "spawn")
+    with pytest.raises(ValueError, match="cannot be sent"): list(DataLoader(pictures(), 2, num_workers=1, collate_fn=lambda items: items))
+    assert not alive() and DataLoader(Items(), num_workers=None).num_workers == 0
+    test_like(list(DataLoader(pictures(6), 2, num_workers=1)), list(DataLoader(pictures(6), 2)))
+    local = type("Local", (Items,), {"__module__": "__main__"})             # what a notebook defines
+    monkeypatch.setattr(sys.modules["__main__"], "Local", local, raising=False)
+    with pytest.raises(RuntimeError, match="notebook.*num_workers=0"): list(DataLoader(local(), 2, num_workers=1))
+    assert not alive()
+
+
+def test_as_many_workers_as_are_useful():
+    assert DataLoader(pictures(), num_workers=None).num_workers == 0          # rows of tensors
+    assert DataLoader(Items(), num_workers=None, workers="threads").num_workers == min(8, cpus())
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------------
+
+@given(st.lists(st.integers()), st.integers(0, 4))
+def test_thread_map_is_map(items, threads): assert list(thread_map(lambda x: x*x, items, threads)) == [x*x for x in items]
+
+
+def test_thread_map_works_ahead_and_ends_with_its_iterator():
+    started, n = [], threading.active_count()
+    results = thread_map(lambda i: started.append(i) or i, range(100), 2)
+    assert next(results) == 0 and len(started) <= 5
+    results.close()
+    assert threading.active_count() == n
+    with pytest.raises(ZeroDivisionError): list(thread_map(lambda i: 1/i, [1, 0, 2], 2))
+    assert threading.active_count() == n
+
+
+# --- several processes ------------------------------------------------------------------------------------------------------
+
+def in_processes(world, func, *args):
+    "What func(rank, *args) returns in each of `world` processes that are joined under gloo."
+    context, queue = mp.get_context("fork"), mp.get_context("fork").SimpleQueue()
+    port = 20000 + os.getpid() % 20000
+    def work(rank):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+        try: result = func(rank, *args)
+        except Exception as error: result = f"{type(error).__name__}: {error}"
+        queue.put((rank, result))
+        torch.distributed.destroy_process_group()
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(world)]
+    for p in processes: p.start()
+    results = dict(queue.get() for _ in processes)
+    for p in processes: p.join(20)
+    return [results[rank] for rank in range(world)]
+
+
+def share(rank, n, bs, options):
+    set_seed(3)
+    dl = DataLoader(Chance(n), bs, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = [[(list(dl.indices), xb[:, 0].tolist()) for xb, _ in dl] for _ in range(2)]
+    return len(dl), got, [str(w.message) for w in said]
+
+
+@fork_only
+@pytest.mark.parametrize("options", [dict(shuffle=True), dict(sampler=[*range(1, 23)]), dict(shuffle=True, num_workers=2), dict(shuffle=True, drop_last=True)])
+def test_training_gives_every_process_equally_many_batches_of_one_order(options):
+    alone = share(0, 23, 4, options)[1]
+    results = in_processes(2, share, 23, 4, options)
+    for epoch in range(2):
+        ours = [result[1][epoch] for result in results]
+        assert len(ours[0]) == len(ours[1]) == results[0][0] == results[1][0] == (2 if options.get("drop_last") else 3)
+        dealt = [batch for pair in zip(*ours) for batch in pair]
+        assert dealt == alone[epoch][:len(dealt)], "the joint order, and in it the same chance"
+    assert not results[0][2] == options.get("drop_last", False)
+
+
+@fork_only
+@pytest.mark.parametrize("world", [2, 3])
+def test_judging_leaves_nothing_out_and_nothing_twice(world):
+    results = in_processes(world, share, 23, 4, {})
+    for epoch in range(2):
+        seen = [i for result in results for indices, _ in result[1][epoch] for i in indices]
+        assert sorted(seen) == list(range(23)) and all(len(r[1][epoch]) == r[0] for r in results)
+    assert not any(r[2] for r in results)
+
+
+@fork_only
+def test_pytorchs_own_sharing_sampler_is_not_shared_again():
+    def own(rank):
+        sampler = data.DistributedSampler(range(20), shuffle=False)
+        dl = DataLoader(pictures(), 2, sampler=sampler)
+        return len(dl), [i for _, yb in dl for i in yb.tolist()]
+    assert in_processes(2, own) == [(5, list(range(0, 20, 2))), (5, list(range(1, 20, 2)))]
+
+
+@fork_only
+def test_processes_that_shuffle_differently_are_told():
+    def differ(rank): set_seed(rank); return len(list(DataLoader(pictures(), 2, shuffle=True)))
+    assert all("same seed" in result for result in in_processes(2, differ))

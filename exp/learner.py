@@ -1062,7 +1062,8 @@ def load(
 
 def _restore(learn: Learner, content: dict) -> None:
     "Weights and optimizers: all of them, or an error, and then nothing has changed."
-    def shapes(state: dict) -> dict: return {k: list(getattr(v, "shape", ())) for k, v in state.items()}
+    def shapes(state: dict) -> dict:
+        return {k: list(getattr(v, "shape", ())) for k, v in state.items()}
     here, there = shapes(learn.model.state_dict()), shapes(content["model"])
     odd = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
     if odd: raise ValueError("the checkpoint is of another model: " + "; ".join(

@@ -86,7 +86,7 @@ def check_average_weights(
         average = peek.start
         for w in peek.steps: average = .8*average + .2*w
         assert not torch.equal(peek.inside[0], peek.steps[-1]), \
-            "validation saw the plain weights: swap the averages in at before_pass, unless it trains"
+            "validation saw the plain weights: swap the averages in at before_pass"
         torch.testing.assert_close(
             peek.inside[0], average, rtol=1e-4, atol=1e-6,
             msg="validation saw other weights than the running average: start it from the weights "

@@ -314,7 +314,8 @@ def hears(
 
 # %% ../nbs/05_callbacks.ipynb #0b3dc130
 _PASS = dict(depth=0, mode=None, dl=None, batch=None, n_batches=None, xb=None, yb=None, pred=None,
-             loss=None, loss_for_grad=None, weight=None, indices=None, scratch=None, meters=())
+             loss=None, loss_for_grad=None, weight=None, indices=None, scratch=None, meters=(),
+             unfinished=False, _received=None)
 _NOTHING = nullcontext()
 
 

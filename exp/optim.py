@@ -87,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         self.rules = [*stats, *steppers]
         if isinstance(params, (dict, set)): params = [params]
         if not isinstance(params, Tensor):
-            def is_group(x: object) -> bool:     # a tuple that begins with a word is (name, parameter)
+            def is_group(x: object) -> bool:      # (word, tensor) is a named parameter
                 return isinstance(x, (list, set, tuple, Iterator)) and not (
                     isinstance(x, tuple) and x and isinstance(x[0], str))
             params = [{"params": x} if is_group(x) else x for x in params]

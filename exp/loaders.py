@@ -16,6 +16,7 @@ import reprlib
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 import zlib
@@ -251,8 +252,8 @@ class _Worker:
         raise answer
 
     def obituary(self, idxs: list[int]) -> str:
-        self.process.join(timeout=10)
-        code, hint = self.process.exitcode, "num_workers=0 shows the error here"
+        end, hint = time.monotonic() + 10, "num_workers=0 shows the error here"
+        while (code := self.process.exitcode) is None and time.monotonic() < end: time.sleep(.01)
         if code == -9: hint = "out of memory? Try fewer workers"   # -9: what the system sends then
         elif _START == "spawn": hint = ("what a notebook defines, it cannot import: move "
                                                  "that to a .py file, or use num_workers=0")

@@ -109,10 +109,10 @@ class Tensor:
 
 # %% ../nbs/02a_autograd.ipynb #a371f6ca
 def _held(thing: object) -> list[torch.Tensor]:
-    "The arrays that a function, or a tuple of things, keeps alive."
+    "The arrays that a function, or a tuple or list of things, keeps alive."
     if isinstance(thing, FunctionType):
-        thing = tuple(cell.cell_contents for cell in thing.__closure__ or ())
-    if isinstance(thing, tuple): return [array for part in thing for array in _held(part)]
+        thing = [cell.cell_contents for cell in thing.__closure__ or ()]
+    if isinstance(thing, (tuple, list)): return [array for part in thing for array in _held(part)]
     return [thing] if isinstance(thing, torch.Tensor) else []
 
 def _array(x: object) -> object:

@@ -257,13 +257,16 @@ def train_mlp(
     after_epoch: Callable[[int], None] | None = None,  # hears the number of each finished epoch
 ) -> list[float]:          # the loss of every mini-batch, in order
     """Walk downhill by mini-batches, along the gradients that `grad_func` computes.
-    Raises: ValueError if x and y differ in length."""
+    Raises: ValueError if x and y differ in length, or a gradient and its parameter in shape."""
     if len(x) != len(y): raise ValueError(f"x has {len(x)} examples, y {len(y)}: one target each")
     losses = []
     for epoch in range(epochs):
         for i in minibatches(len(x), bs, 1000*seed + epoch):
             loss, grads = grad_func(params, x[i], y[i])
-            for p, grad in zip(params, grads, strict=True): p -= lr*grad
+            for p, grad in zip(params, grads, strict=True):
+                if grad.shape != p.shape: raise ValueError(
+                    f"a gradient is {tuple(grad.shape)}, its parameter {tuple(p.shape)}")
+                p -= lr*grad
             losses.append(float(loss))
         if after_epoch is not None: after_epoch(epoch)
     return losses

@@ -44,7 +44,7 @@ class SaveCheckpoint(Best):
     def judge(self, learn: Learner, value: float) -> None:
         rank = sum(not self.better(value, other) for other, _ in self.kept)
         if rank >= self.n_best or math.isnan(value): return
-        row, best = learn.history[-1], self.folder/"best.pt"
+        row, best = learn.history[self.seen - 1], self.folder/"best.pt"
         place = "_".join(str(row[k]) for k in ("epoch", "step") if k in row)
         name = f"best_{place}.pt" if self.n_best > 1 else best.name
         self.kept.insert(rank, [value, name])

@@ -11,11 +11,10 @@ import os
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from itertools import islice
-from operator import index
+from copy import copy, deepcopy
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,15 @@ class ItemList:
     ): self.items, self.make = list(items), make
 
     def __len__(self) -> int: return len(self.items)
-    def __iter__(self) -> Iterator:
-        return map(self.make, self.items) if self.make else iter(self.items)
+    def __iter__(self) -> Iterator: return map(self._made, self.items)
+    def _made(self, item): return self.make(item) if self.make else item
 
     def __eq__(self, other) -> bool:
         return isinstance(other, (list, ItemList)) and list(self) == list(other)
 
     def __getitem__(self, i):
         if isinstance(i, slice): return ItemList(self.items[i], self.make)
-        if np.ndim(i) == 0:
-            item = self.items[index(i)]
-            return self.make(item) if self.make else item
+        if np.ndim(i) == 0: return self._made(self.items[i])
         at = np.arange(len(self))[np.asarray(i)].tolist() if len(i) else []
         return ItemList([self.items[j] for j in at], self.make)
 
@@ -65,21 +62,18 @@ def _word(item) -> str:
 def get_files(
     path: str | os.PathLike,  # folder to look in; names that begin with a dot are left out
     extensions: str | Iterable[str] | None = None,  # such as ".jpg", in any case; None for all
-    recurse: bool = True,     # look into folders in it, too?
 ) -> ItemList:                # sorted; each becomes a Path when asked for
     "Find files. Links are followed, but not in circles. Raises: FileNotFoundError."
     ends = [extensions] if isinstance(extensions, str) else extensions
     ends = ("",) if ends is None else tuple("." + end.lower().lstrip(".") for end in ends)
-    found = []
-    def look(folder: str, above: tuple) -> None:
+    def look(folder: str, above: tuple) -> Iterator[str]:
         real = os.path.realpath(folder)
         if real in above: return
         with os.scandir(folder) as entries: seen = [e for e in entries if e.name[0] != "."]
-        found.extend(e.path for e in seen if e.name.lower().endswith(ends) and not e.is_dir())
         for e in seen:
-            if recurse and e.is_dir(): look(e.path, (*above, real))
-    look(os.fspath(path), ())
-    return ItemList(sorted(found), Path)
+            if e.is_dir(): yield from look(e.path, (*above, real))
+            elif e.name.lower().endswith(ends): yield e.path
+    return ItemList(sorted(look(os.fspath(path), ())), Path)
 
 # %% ../nbs/08_data_block.ipynb #f399be34
 def grandparent_splitter(
@@ -94,13 +88,13 @@ def grandparent_splitter(
 
 
 def random_splitter(
-    seed: int | None = None,   # the same seed, the same split; None: a new one each time
-    valid_share: float = .2,   # of all items, between 0 and 1
-) -> Callable:                 # items -> positions for training, for validation
+    seed: int = 0,            # the same seed, the same split: today, tomorrow, in every process
+    valid_share: float = .2,  # of all items, between 0 and 1
+) -> Callable:                # items -> positions for training, for validation
     "Split by lot."
     def split(items: Sequence) -> tuple[list[int], list[int]]:
         order = random.Random(seed).sample(range(len(items)), len(items))
-        cut = max(1, round(valid_share*len(items)))
+        cut = round(valid_share*len(items))
         return sorted(order[cut:]), sorted(order[:cut])
     return split
 
@@ -136,7 +130,8 @@ def regex_label(
 class Transform:
     "Makes x of x: tfm(x, generator). A subclass writes `__call__`, and of the rest what it needs."
     order = 0       # a pipeline runs its transforms by their order
-    joint = False   # True: tfm((x, y), generator) -> (x, y), so that a box moves with its photo
+    joint = False   # True: tfm((x, y), generator) -> (x, y), so that a box moves with its photo;
+                    # of a new item, without a label, y is None
 
     def __call__(self, x, generator: torch.Generator):
         raise NotImplementedError(f"{type(self).__name__} needs __call__(self, x, generator)")
@@ -164,6 +159,7 @@ class _Function(Transform):
         self.func, self.order = func, order
 
     def __call__(self, x, generator: torch.Generator): return self.func(x)
+    def __deepcopy__(self, memo: dict) -> "_Function": return self     # it learns nothing
     def __repr__(self) -> str: return getattr(self.func, "__name__", None) or repr(self.func)
 
 # %% ../nbs/08_data_block.ipynb #5b06c178
@@ -183,18 +179,17 @@ class Pipeline:
     def __call__(self, pair: tuple, generator: torch.Generator = torch.default_generator) -> tuple:
         x, y = pair
         for tfm in self.tfms:
-            if tfm.joint: x, y = tfm((x, y), generator)
-            else: x = tfm(x, generator)
+            x, y = tfm((x, y), generator) if tfm.joint else (tfm(x, generator), y)
         return x, y
 
     def setup(
         self,
-        walk: Callable,  # () -> the training pairs (x, y) from the start, made when asked for
+        walk: Callable,  # pipeline -> the training pairs (x, y) that come out of it, one by one
     ) -> None:
         "Let every transform learn from the training pairs as they arrive there."
         for n, tfm in enumerate(self.tfms):
-            before, generator = Pipeline(self.tfms[:n]), torch.Generator().manual_seed(0)
-            tfm.setup(_arriving(walk, before, generator, tfm.joint))
+            pairs = walk(Pipeline(self.tfms[:n]))
+            tfm.setup(iter(pairs) if tfm.joint else (x for x, _ in pairs))
 
     def for_valid(self) -> "Pipeline":
         "The same without chance."
@@ -207,17 +202,10 @@ class Pipeline:
         "Undo what can be undone."
         x, y = pair
         for tfm in reversed(self.tfms):
-            if tfm.joint: x, y = tfm.decode((x, y))
-            else: x = tfm.decode(x)
+            x, y = tfm.decode((x, y)) if tfm.joint else (tfm.decode(x), y)
         return x, y
 
     def __repr__(self) -> str: return " → ".join(map(repr, self.tfms)) or "nothing"
-
-
-def _arriving(walk: Callable, before: Pipeline, generator: torch.Generator, joint: bool):
-    for item, target in walk():
-        with _naming(item): pair = before((item, target), generator)
-        yield pair if joint else pair[0]
 
 # %% ../nbs/08_data_block.ipynb #1272e406
 class Categorize(Transform):
@@ -262,7 +250,7 @@ class MultiCategorize(Categorize):
 
 # %% ../nbs/08_data_block.ipynb #3ae0511e
 class Normalize(Transform):
-    "Subtract a mean, divide by a std, channel by channel; those of some training batches, if None."
+    "Subtract a mean, divide by a std, channel by channel; what is None, training batches tell."
     order = 90
     def __init__(
         self,
@@ -272,11 +260,12 @@ class Normalize(Transform):
     ): self.mean, self.std, self.n_batches = mean, std, n_batches
 
     def setup(self, batches: Iterable) -> None:
-        "Measure, unless the numbers were given."
-        if self.mean is not None: return
-        channels = torch.cat(list(islice(batches, self.n_batches))).movedim(1, 0).flatten(1)
-        self.mean, self.std = channels.mean(1), channels.std(1)
-        self.std[self.std == 0] = 1         # a column that never changes: nothing to divide by
+        "Measure what was not given."
+        if self.mean is not None and self.std is not None: return
+        channels = torch.cat(list(islice(batches, self.n_batches))).float().movedim(1, 0).flatten(1)
+        std = channels.std(1, correction=0)
+        if self.mean is None: self.mean = channels.mean(1)
+        if self.std is None: self.std = std.where(std > 0, 1.)     # 1 for a constant column
 
     def _like(self, x: Tensor) -> list[Tensor]:
         return [torch.as_tensor(v).to(x).view(-1, *[1]*(x.ndim - 2)) for v in (self.mean, self.std)]
@@ -306,7 +295,8 @@ class ItemSet:
     def __iter__(self) -> Iterator[tuple]: return (self[i] for i in range(len(self)))
     def __getitem__(self, i: int) -> tuple:
         item = self.items[i]
-        with _naming(item): return self.tfm((item, self.target(item)), current_generator())
+        y = self.target(item)
+        with _naming(item): return self.tfm((item, y), current_generator())
 
     @property
     def vocab(self) -> list | None:
@@ -327,8 +317,7 @@ def _naming(item) -> Iterator[None]:
     "An error in here gets a note that names the item."
     try: yield
     except Exception as error:
-        note = f"at item {_word(item)}"
-        if note not in getattr(error, "__notes__", ()): error.add_note(note)
+        error.add_note(f"at item {_word(item)}")
         raise
 
 # %% ../nbs/08_data_block.ipynb #48270045
@@ -338,17 +327,18 @@ class ItemLoaders(DataLoaders):
     def vocab(self) -> list | None: return self.train.ds.vocab
 
     @property
-    def skipped(self) -> dict[str, str]:
-        "Items left out so far -> why."
-        return {_word(dl.ds.items[i]): why for dl in (self.train, self.valid)
-                for i, why in dl.skipped.items()}
+    def skipped(self) -> list[tuple[Any, str]]:
+        "Items left out so far, each with the reason."
+        return [(dl.ds.items[i], why) for dl in (self.train, self.valid)
+                for i, why in dl.skipped.items()]
 
     def one_batch(
         self,
         valid: bool = False,  # of the validation set?
     ) -> tuple:               # xb, yb as the model would see them
         "A batch to look at; looking changes no random number."
-        dl = self.valid if valid else self.train
+        dl = copy(self.valid if valid else self.train)
+        dl.share = None     # a look of one process, for which no other waits
         with same_randomness(self.train, self.valid): return dl.batch_tfms(next(iter(dl)))
 
     def batch_of(
@@ -356,9 +346,9 @@ class ItemLoaders(DataLoaders):
         items: Sequence,  # new ones, without labels: [file], say
     ) -> Any:             # xb as the model would see it, in validation
         "A batch of new items: learn.predict(dls.batch_of([file]))."
-        dl = self.valid
-        samples = [(dl.ds.tfm((item, None))[0], 0) for item in items]
-        return dl.batch_tfms(dl.collate_fn(samples))[0]
+        ds = ItemSet(items, lambda item: None, self.valid.ds.tfm, Pipeline())
+        batch = self.valid.collate_fn([(x, 0) for x, _ in ds])
+        return self.valid.batch_tfms(batch)[0]
 
     def decode(
         self,
@@ -368,28 +358,30 @@ class ItemLoaders(DataLoaders):
     ) -> tuple[list, list]:   # items as they were loaded (photos in [0, 1]), and labels
         "The way back: batch transforms, then item by item."
         dl = self.valid if valid else self.train
-        xb, yb = dl.batch_tfms.decode(to_device((xb, yb), "cpu"))
-        pairs = [dl.ds.tfm.decode(pair) for pair in zip(_one_by_one(xb), _one_by_one(yb))]
+        batch = dl.batch_tfms.decode(to_device((xb, yb), "cpu"))
+        rows = _one_by_one(batch, stacked=dl.collate_fn is collate)
+        pairs = [dl.ds.tfm.decode(pair) for pair in rows]
         return [x for x, _ in pairs], [dl.ds.y_tfm.decode((y, None))[0] for _, y in pairs]
 
     def show_batch(
         self,
         n: int = 12,          # how many items
         valid: bool = False,  # of the validation set?
-        ncols: int = 6,       # photos in a row
     ) -> Any:                 # axes of photos, or a table of anything else
         "Look at a batch."
         xb, yb = self.one_batch(valid)
         xs, ys = (found[:n] for found in self.decode(xb, yb, valid))
-        if isinstance(xs[0], Tensor) and xs[0].ndim == 3: return show_images(xs, ys, ncols=ncols)
+        if isinstance(xs[0], Tensor) and xs[0].ndim == 3: return show_images(xs, ys, ncols=6)
         return table([{"x": f"{_digits(x)!s:.70}", "y": _digits(y)} for x, y in zip(xs, ys)])
 
 
-def _one_by_one(batch: Any) -> list:
-    "A batch item by item: a tuple or dict of tensors becomes a list of them."
-    if isinstance(batch, tuple): return list(zip(*map(_one_by_one, batch)))
-    if isinstance(batch, dict):
-        return [dict(zip(batch, row)) for row in zip(*map(_one_by_one, batch.values()))]
+def _one_by_one(batch: Any, stacked: bool) -> list:
+    "A batch item by item; if stacked, a list has an entry for each part of an item, not each item."
+    if isinstance(batch, Mapping):
+        return [dict(zip(batch, row)) for row in _one_by_one(tuple(batch.values()), stacked)]
+    parts = stacked and isinstance(batch, list) and not isinstance(batch[0], str)
+    if isinstance(batch, tuple) or parts:
+        return list(zip(*(_one_by_one(part, stacked) for part in batch)))
     return list(batch.detach() if isinstance(batch, Tensor) else batch)
 
 
@@ -406,9 +398,9 @@ def _split(items: ItemList, splitter: Callable) -> tuple[ItemList, ItemList]:
     parts = splitter(items)
     if callable(parts): raise TypeError(
         "splitter returned a function: call it first, as in random_splitter(seed=1)")
-    every = np.arange(len(items))           # positions, negative ones and masks: all as positions
-    train, valid = (every[np.asarray(part)].tolist() if len(part) else [] for part in parts)
-    if not (len(train) and len(valid)): raise ValueError(
+    every = ItemList(range(len(items)))     # positions, negative ones and masks: all as positions
+    train, valid = (every[part].items for part in parts)
+    if not (train and valid): raise ValueError(
         f"the splitter chose {len(train)} training and {len(valid)} validation items from {items}: "
         "do its names or shares fit?")
     if both := set(train) & set(valid): raise ValueError(
@@ -416,9 +408,13 @@ def _split(items: ItemList, splitter: Callable) -> tuple[ItemList, ItemList]:
     return items[train], items[valid]
 
 
-def _copies(tfms: Pipeline) -> Pipeline:
-    "So that what one folder taught them is not changed by the next."
-    return Pipeline(map(deepcopy, tfms.tfms))
+def _kind_of_target(labels: Iterable) -> list[Transform]:
+    "What makes targets of such labels: words become numbers, whether alone or in lists."
+    lists = list, tuple, set
+    first = next((y for y in labels if not isinstance(y, lists) or y), None)    # none of no words
+    if isinstance(first, str): return [Categorize()]
+    words = isinstance(first, lists) and all(isinstance(word, str) for word in first)
+    return [MultiCategorize()] if words else []
 
 # %% ../nbs/08_data_block.ipynb #37933e0b
 class DataBlock:
@@ -440,52 +436,47 @@ class DataBlock:
         self.item_tfms, self.batch_tfms = Pipeline(item_tfms), Pipeline(batch_tfms)
         self.collate_fn, self.sampler = collate_fn, sampler
 
-    def _target_tfms(self, train: ItemList) -> Pipeline:
-        "Those given, or, for words, Categorize; they learn from the training labels."
-        first = self.get_y(train[0])
-        words = isinstance(first, (list, tuple, set)) and all(isinstance(w, str) for w in first)
-        kind = [Categorize()] if isinstance(first, str) else [MultiCategorize()] if words else []
-        tfms = Pipeline(kind) if self.y_tfms is None else _copies(self.y_tfms)
-        def labels():
-            for item in train:
-                with _naming(item): label = self.get_y(item)
-                yield label, None
-        tfms.setup(labels)
-        return tfms
-
-    def datasets(
-        self,
-        path: Any,  # handed to get_items
-    ) -> tuple[ItemSet, ItemSet]:  # for training, for validation
-        "Find, split and label the items; transforms with a state see the training items only."
+    def _datasets(self, path: Any, on_error: str) -> tuple[ItemSet, ItemSet]:
+        "Find, split, label the items; what transforms learn, they learn from the training items."
         items = self.get_items(path)
         items = items if isinstance(items, ItemList) else ItemList(items)
         train, valid = _split(items, self.splitter)
-        y_tfm, tfm = self._target_tfms(train), _copies(self.item_tfms)
+        tfm, y_tfm = deepcopy((self.item_tfms, self.y_tfms))   # the next folder teaches others
+        chance = torch.Generator().manual_seed(0)
+        def labels(before: Pipeline) -> Iterator[tuple]:
+            for item in train:
+                with _naming(item): pair = before((self.get_y(item), None), chance)
+                yield pair
+        def samples(before: Pipeline) -> Iterator[tuple]:
+            ds = ItemSet(train, self.get_y, before, y_tfm)
+            return chain.from_iterable(DataLoader(ds, collate_fn=list, generator=chance,
+                                                  on_error=on_error, share=None))
+        if y_tfm is None: y_tfm = Pipeline(_kind_of_target(y for y, _ in labels(Pipeline())))
+        y_tfm.setup(labels)
+        tfm.setup(samples)
         ours = ItemSet(train, self.get_y, tfm, y_tfm)
-        tfm.setup(lambda: ((item, ours.target(item)) for item in train))
         theirs = ItemSet(valid, self.get_y, tfm.for_valid(), y_tfm.for_valid())
-        if ours.vocab:
-            for ds in (ours, theirs):
-                for item in ds.items: ds.target(item)  # a class that is unknown is heard of now
+        if ours.vocab:                  # a class that is unknown is heard of now
+            with same_randomness():
+                for ds in (ours, theirs):
+                    for item in ds.items: ds.target(item)
         return ours, theirs
 
     def dataloaders(
         self,
-        path: Any,                       # handed to get_items
-        bs: int = 64,                    # items per batch
-        drop_last: bool = False,         # leave out a short last training batch?
-        num_workers: int | None = None,  # that load ahead; None: as many as useful
-        workers: str = "threads",        # or "processes", for transforms in pure Python
-        **options,                       # more of exp.loaders.DataLoader, such as on_error="skip"
+        path: Any,                # handed to get_items
+        bs: int = 64,             # items per batch
+        drop_last: bool = False,  # leave out a short last training batch?
+        **options,                # of exp.loaders.DataLoader, such as on_error="skip"; unless they
+                                  # say otherwise, threads load ahead, as many as are useful
     ) -> ItemLoaders:
         "Answer the four questions for the items at a path. Raises: ValueError."
-        ours, theirs = self.datasets(path)
-        options = dict(num_workers=num_workers, workers=workers,
-                       collate_fn=self.collate_fn) | options
-        tfms, chance = _copies(self.batch_tfms), torch.Generator().manual_seed(0)
+        options = {"num_workers": None, "workers": "threads", "collate_fn": self.collate_fn,
+                   "on_error": "raise"} | options
+        ours, theirs = self._datasets(path, options["on_error"])
+        tfms, chance = deepcopy(self.batch_tfms), torch.Generator().manual_seed(0)
         look = options | dict(bs=bs, shuffle=True, generator=chance, share=None)
-        tfms.setup(lambda: DataLoader(ours, **look))
+        tfms.setup(lambda before: (before(pair, chance) for pair in DataLoader(ours, **look)))
         order = dict(sampler=self.sampler(ours)) if self.sampler else dict(shuffle=True)
         return ItemLoaders(
             DataLoader(ours, bs, drop_last=drop_last, batch_tfms=tfms, **order, **options),

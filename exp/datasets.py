@@ -21,7 +21,7 @@ import tarfile
 import time
 import tomllib
 from contextlib import closing
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -144,7 +144,8 @@ def _gather(d: DataSet) -> tuple[dict[str, bytes], str]:
             except WrongDigest as e: wrong = e
             except (OSError, HTTPException, ValueError) as e:
                 reasons.append(f"{place}: {str(e) or type(e).__name__}")
-                again |= isinstance(e, ConnectionError) or getattr(e, "code", 0) in (429, 503)
+                cut = isinstance(e, (ConnectionError, IncompleteRead))
+                again |= cut or getattr(e, "code", 0) in (429, 503)
         if not again: break
     raise wrong or ConnectionError(f"no source has it ({'; '.join(reasons)}): go online, or set "
                                    "EXP_MIRROR to a folder or an address, or EXP_TIMEOUT to more")

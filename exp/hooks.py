@@ -8,21 +8,22 @@ __all__ = ['first_tensor', 'Hook', 'find_layers', 'Hooks', 'as_found', 'summary'
 # %% ../nbs/05e_hooks.ipynb #8d1b5c00
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv import Conv2d
 from .learner import Callback, Learner, batch_size, call_model
 from .plots import plot_lines, subplots
 from .testing import Table, table
 
 # %% ../nbs/05e_hooks.ipynb #1d6d294f
 def first_tensor(
-    out: object,  # what a layer takes or gives: a tensor, or a tuple, list or dict that holds one
-) -> Tensor:      # the first tensor in it
-    "Look into tuples, lists and dicts for the first tensor. Raises: TypeError if there is none."
+    out: object,  # what a layer takes or gives: a tensor, or a tuple, list or dict
+) -> Tensor:      # a tensor in it
+    "Go down the first entries of tuples, lists and dicts to a tensor. Raises: TypeError."
     while isinstance(out, (tuple, list, dict)) and out:
         out = next(iter(out.values() if isinstance(out, dict) else out))
     if isinstance(out, Tensor): return out
@@ -34,7 +35,7 @@ class Hook:
     `with Hook(layer, func): model(xb)`. Or call `remove()`: a hook that is forgotten stays on the
     layer, is called in every pass, and keeps alive what func collects.
     What func returns is ignored; an error in it gets a note that names the layer. The copy of a
-    hooked layer is not watched.
+    hooked layer is not watched, nor are layers that `torch.compile` or `torch.jit` have merged.
     """
     module = None   # nothing to watch: the hook was removed, or is a copy
     def __init__(
@@ -80,7 +81,7 @@ def find_layers(
 
 
 class Hooks(list):
-    "A `Hook` on each of several layers; a list of them. Raises: TypeError, ValueError."
+    "A `Hook` on each of several layers, or, after an error, on none; a list of them."
     def __init__(
         self,
         layers: nn.Module | dict | Iterable,  # a model (its children), a dict name -> layer, a list
@@ -90,10 +91,11 @@ class Hooks(list):
         if isinstance(layers, nn.Module):
             layers = dict(layers.named_children()) or {type(layers).__name__: layers}
         elif not isinstance(layers, dict): layers = {str(n): m for n, m in enumerate(layers)}
-        wrong = [name for name, layer in layers.items() if not isinstance(layer, nn.Module)]
-        if wrong: raise TypeError(f"layer {wrong[0]!r} is {layers[wrong[0]]!r:.50}: no nn.Module")
         if not layers: raise ValueError("layers is empty: give at least one to watch")
-        super().__init__(Hook(layer, func, backward, name) for name, layer in layers.items())
+        try: self.extend(Hook(layer, func, backward, name) for name, layer in layers.items())
+        except Exception:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         "Stop watching all of them."
@@ -108,30 +110,50 @@ def as_found(
     model: nn.Module,  # may be run and switched to other modes inside the `with`
 ) -> Iterator[None]:
     "Put back every mode, buffer and random state that running a model can change."
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(m, name, b, b.clone()) for m in model.modules()
-               for name, b in m.named_buffers(recurse=False)]
+    found = [(m, m.training, dict(m._buffers)) for m in model.modules()]
+    values = [(b, b.clone()) for b in model.buffers()]
     gpus = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
         with torch.random.fork_rng(devices=gpus): yield
     finally:
-        for m, mode in modes: m.training = mode
-        for m, name, b, old in buffers:
-            setattr(m, name, b)
-            b.data.copy_(old)
+        for m, mode, buffers in found: m.training, m._buffers = mode, buffers
+        for b, old in values: b.data.copy_(old)
 
 
 def _layer_flops(module: nn.Module, inp: tuple, out: Tensor) -> int | None:
     "Multiplications and additions with the weight; None if we know no rule for this layer."
-    matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
-    if not matrices or isinstance(module, nn.Embedding): return 0
-    weight = getattr(module, "weight", None)
-    if len(matrices) > 1 or weight is not matrices[0]: return None
-    if weight.ndim == 2: return 2*weight.numel()*(out.numel()//len(weight))
-    positions = (first_tensor(inp) if getattr(module, "transposed", False) else out)[:, 0].numel()
-    return 2*weight.numel()*positions
+    own = dict(module.named_parameters(recurse=False))
+    turned = getattr(module, "transposed", None)     # False or True in PyTorch's convolutions
+    if "weight" in own and (turned is not None or isinstance(module, (nn.Linear, Conv2d))):
+        uses = (first_tensor(inp) if turned else out).numel()//len(module.weight)
+        return 2*module.weight.numel()*uses
+    free = isinstance(module, nn.Embedding) or all(p.ndim < 2 for p in own.values())
+    return 0 if free else None
 
 # %% ../nbs/05e_hooks.ipynb #963f2344
+def _rows_of(model: nn.Module, xb: Tensor | tuple | list | dict) -> list[dict]:
+    "What every layer puts out that has weights of its own, or no layer inside, as they run."
+    rows, seen, size = [], set(), batch_size(xb)
+    if not size: raise ValueError("xb is empty: give an item or more")
+    layers = {name or type(m).__name__: m for name, m in model.named_modules()
+              if list(m.parameters(recurse=False)) or not any(m.children())}
+
+    def look(hook: Hook, module: nn.Module, inp: tuple, out: object):
+        out, own = first_tensor(out), set(module.parameters(recurse=False)) - seen
+        seen.update(own)
+        flops = _layer_flops(module, inp, out)
+        rows.append(dict(layer=hook.name, kind=type(module).__name__, shape=tuple(out.shape),
+                         params=sum(p.numel() for p in own), flops=flops and flops/size))
+
+    with as_found(model), torch.no_grad(), Hooks(layers, look):
+        try: call_model(model.eval(), xb)
+        except Exception as error:
+            last = f"{rows[-1]['layer']!r}, output {rows[-1]['shape']}" if rows else "none"
+            error.add_note(f"the last layer that ran: {last}")
+            raise
+    return rows
+
+
 def _summary_line(row: dict) -> dict:
     "A layer as the table shows it."
     mega = "?" if row["flops"] is None else f"{row['flops']/1e6:,.3f}" if row["flops"] else "–"
@@ -146,26 +168,10 @@ def summary(
                                        # layer, kind, shape, params, flops (None: not known)
     """Table of layers: output shape, parameters, MFLOPs per item; a multiply-add is 2 FLOPs.
     If the model fails, the error gets a note that names the last layer that ran.
+    Raises: ValueError for an empty batch, or lazy layers that have not met their first.
     """
-    rows, seen, size = [], set(), batch_size(xb)
-    if not size: raise ValueError("xb is empty: give an item or more")
-    layers = {name or type(m).__name__: m for name, m in model.named_modules()
-              if list(m.parameters(recurse=False)) or not any(m.children())}
-
-    def _look(hook, module, inp, out):
-        out, own = first_tensor(out), [p for p in module.parameters(recurse=False) if p not in seen]
-        seen.update(own)
-        flops = _layer_flops(module, inp, out)
-        rows.append(dict(layer=hook.name, kind=type(module).__name__, shape=tuple(out.shape),
-                         params=sum(p.numel() for p in own), flops=flops and flops/size))
-
-    with as_found(model), torch.no_grad(), Hooks(layers, _look):
-        try: call_model(model.eval(), xb)
-        except Exception as error:
-            last = f"{rows[-1]['layer']!r}, output {rows[-1]['shape']}" if rows else "none"
-            error.add_note(f"the last layer that ran: {last}")
-            raise
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    rows = _rows_of(model, xb)
     sums = dict(params=sum(n for n, _ in sizes), flops=sum(row["flops"] or 0 for row in rows))
     total = _summary_line(dict(layer="**total**", kind="", shape="", **sums))
     if any(row["flops"] is None for row in rows): total["MFLOPs"] = "≥ " + total["MFLOPs"]
@@ -176,14 +182,23 @@ def summary(
 def _thin(x: Tensor, sample: int) -> Tensor:
     "About `sample` values at most, evenly spread; a step prime to the size visits all positions."
     step = max(1, -(-x.numel()//sample))
-    while step > 1 and math.gcd(step, x.numel()) > 1: step += 1
+    while math.gcd(step, x.numel()) > 1: step += 1
     return x.flatten()[::step]
+
+
+def _dead_share(x: Tensor, unit_dim: int) -> Tensor:
+    "The share of units that give the same for all items; NaN for a batch of one."
+    if x.ndim == 0 or len(x) < 2: return x.new_tensor(math.nan)
+    by_unit = x[..., None, None].movedim(min(unit_dim, max(1, x.ndim - 1)), 1)
+    return (by_unit.amin(0) == by_unit.amax(0)).flatten(1).all(1).to(x.dtype).mean()
 
 
 class ActivationStats(Callback):
     """Record, for each layer and training step, mean, std, share of dead units and a histogram.
     After each epoch `means`, `stds`, `dead` are (n_layers, n_steps), `hists` (n_layers, n_steps,
-    bins) shares; `steps` and `names` say of which steps and layers. Validation leaves no trace.
+    bins) shares; `steps`, counted from the start of `fit`, and `names` say of which steps and
+    layers. Of a layer that runs several times in a step, the first counts; NaN: it did not run.
+    Validation leaves no trace.
     """
     def __init__(
         self,
@@ -195,72 +210,70 @@ class ActivationStats(Callback):
         unit_dim: int = 1,      # the dimension of the output that numbers the units, ≥ 1
     ):
         if unit_dim < 1: raise ValueError(f"unit_dim is {unit_dim}: count from the front, from 1")
-        self.layers, self.every, self.bins, self.limits = layers, every, bins, limits
+        self.layers = list(layers) if isinstance(layers, Iterator) else layers
+        self.every, self.bins, self.limits = every, bins, limits
         self.sample, self.unit_dim = sample, unit_dim
         self.before_fit()
 
     def before_fit(self, learn: Learner | None = None) -> None:
-        self.names, self.steps, self._rows, self._now, self._step = [], [], [], {}, -1
-        self.means = self.stds = self.dead = self.hists = torch.empty(0)
+        self.names, self.steps, self._rows, self._step = [], [], [], -1
+        self._table = self.means = self.stds = self.dead = self.hists = torch.empty(0)
 
     def before_batch(self, learn: Learner) -> None:
-        if learn.mode == "train": self._now, self._step = {}, self._step + 1
+        if learn.mode == "train": self._step += 1
 
-    def around_forward(self, learn: Learner) -> AbstractContextManager:
-        "Hooks, while the model runs in a training step that is to be measured."
-        if learn.mode != "train" or self._step % self.every: return nullcontext()
-        if learn.pred is not None: return nullcontext()     # the loss may run the model once more
+    def around_forward(self, learn: Learner) -> Hooks | None:
+        "Hooks, while model and loss run in a training step that is to be measured."
+        if learn.mode != "train" or self._step % self.every: return None
         layers = learn.model if self.layers is None else self.layers
         if not isinstance(layers, nn.Module) and callable(layers): layers = layers(learn.model)
         hooks = Hooks(layers, self._measure)
         self.names = [hook.name for hook in hooks]
+        if self.steps[-1:] != [self._step]:
+            self.steps.append(self._step)
+            self._rows.append({})
         return hooks
 
     def _measure(self, hook, module, inp, out):
+        if hook.name in self._rows[-1]: return     # the loss may run the model once more
         x = first_tensor(out).detach()
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = x.mean()
         away = x - mean
-        error = away.mean()                # what rounding left in the mean
-        var = (away.square_().mean() - error*error).clamp(min=0)
+        error = away.mean()                        # what rounding left in the mean
+        std = (away.square_().mean() - error*error).clamp(min=0).sqrt()
+        numbers = torch.stack([mean, std, _dead_share(x, self.unit_dim)]).float()
         sample = _thin(x, self.sample).float().clamp(*self.limits)
-        self._now[hook.name] = torch.cat([torch.stack([mean, var.sqrt(), self._dead(x)]).float(),
-                                          sample.histc(self.bins, *self.limits)])
-
-    def _dead(self, x: Tensor) -> Tensor:
-        "The share of units that give the same for all items; NaN for a batch of one."
-        if x.ndim == 0 or len(x) < 2: return x.new_tensor(math.nan)
-        if x.ndim == 1: x = x[:, None]
-        same = (x.amin(0) == x.amax(0)).movedim(
-            min(self.unit_dim, x.ndim - 1) - 1, 0)
-        return same.reshape(len(same), -1).all(1).to(x.dtype).mean()
-
-    def after_batch(self, learn: Learner) -> None:
-        if learn.mode != "train" or not self._now: return
-        idle = torch.full_like(next(iter(self._now.values())), math.nan)   # for a layer that rests
-        self._rows.append(torch.stack([self._now.get(name, idle) for name in self.names]))
-        self._now = {}
-        self.steps.append(self._step)
+        self._rows[-1][hook.name] = torch.cat([numbers, sample.histc(self.bins, *self.limits)])
 
     def after_pass(self, learn: Learner) -> None:
         if learn.mode != "train" or not self._rows: return
-        rows = torch.stack(self._rows, 1).cpu()   # all at once: until here nothing left the device
-        self.means, self.stds, self.dead = rows[..., :3].unbind(-1)
-        self.hists = rows[..., 3:]/rows[..., 3:].sum(-1, keepdim=True)
+        idle = torch.full((3 + self.bins,), math.nan)         # for a layer that rests
+        rows = [[row.get(name, idle).cpu() for row in self._rows] for name in self.names]
+        self._table = torch.cat([self._table, torch.stack([*map(torch.stack, rows)])], 1)
+        self._rows = []                   # until here, nothing left the device
+        self.means, self.stds, self.dead = self._table[..., :3].unbind(-1)
+        self.hists = self._table[..., 3:]/self._table[..., 3:].sum(-1, keepdim=True)
+
+    def _canvas(self, title: str, *shape, **settings):
+        "Axes under a title, if there is something to draw. Raises: ValueError."
+        if not self.steps: raise ValueError("no training step was measured: fit first")
+        fig, axes = subplots(*shape, **settings)
+        fig.suptitle(title, x=.01, ha="left", fontsize=11)
+        return axes
 
     def plot_stats(
         self,
         title: str = "What each layer hands on",  # above the three pictures
     ):                                            # the axes
-        "Mean, std and share of dead units of each layer, step by step."
-        fig, axes = subplots(1, 3, figsize=(11, 3))
+        "Mean, std and share of dead units of each layer, step by step. Raises: ValueError."
+        axes = self._canvas(title, 1, 3, figsize=(11, 3))
         found = {"mean": self.means, "std": self.stds, "share of dead units": self.dead}
         for ax, (what, rows) in zip(axes, found.items()):
             curves = {f"layer {name}": row for name, row in zip(self.names, rows)}
             plot_lines(curves, self.steps, xlabel="step", ylabel=what, title="", ax=ax,
                        logy=what == "std")
             if ax is not axes[0] and ax.get_legend(): ax.get_legend().remove()
-        fig.suptitle(title, x=.01, ha="left", fontsize=11)
         return axes
 
     def plot_hists(
@@ -269,10 +282,10 @@ class ActivationStats(Callback):
         ncols: int = 5,                                        # pictures side by side
     ):                                                         # the axes, one a layer
         "The colourful dimension: a column a step, brightness for the logarithm of the count."
-        n, ncols = len(self.names), min(len(self.names), ncols)
-        nrows = -(-n//ncols)
-        fig, axes = subplots(nrows, ncols, figsize=(max(4, 2.2*ncols), 2.4*nrows), squeeze=False,
-                             sharey=True)
+        n = len(self.names)
+        nrows, ncols = -(-n//ncols), min(n, ncols)
+        axes = self._canvas(title, nrows, ncols, figsize=(max(4, 2.2*ncols), 2.4*nrows),
+                            squeeze=False, sharey=True)
         for ax in axes.flat[n:]: ax.set_visible(False)
         for ax, name, rows in zip(axes.flat, self.names, self.hists):
             ax.imshow((rows.T*self.sample).log1p().numpy(), origin="lower", aspect="auto",
@@ -280,7 +293,6 @@ class ActivationStats(Callback):
             ax.set(title=f"layer {name}", xlabel="step", ylabel="activation")
             ax.grid(False)
             ax.label_outer()
-        fig.suptitle(title, x=.01, ha="left", fontsize=11)
         return axes.flat[:n]
 
 # %% ../nbs/05e_hooks.ipynb #456f937e

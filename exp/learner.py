@@ -12,10 +12,10 @@ import re
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from difflib import get_close_matches
-from numbers import Real
 from operator import index
 from os import PathLike
 from typing import Any
@@ -65,7 +65,8 @@ def to_device(
     device: torch.device | str,  # where to
 ) -> Any:    # the same structure there
     "Move tensors to a device, however they are nested."
-    if hasattr(x, "to"): return x.to(device, non_blocking=True)   # tensors, packed sequences, …
+    if hasattr(x, "to"):        # tensors, packed sequences, …; what comes to the CPU is waited for
+        return x.to(device, non_blocking=torch.device(device).type != "cpu")
     if isinstance(x, Mapping): return _like(x, {k: to_device(v, device) for k, v in x.items()})
     if not isinstance(x, (list, tuple)): return x
     return _like(x, [to_device(v, device) for v in x])
@@ -75,7 +76,7 @@ def _like(x, parts):
     "Parts as a structure of the kind of x."
     if isinstance(x, Mapping):
         new = copy.copy(x)
-        for k, v in parts.items(): new[k] = v
+        new.update(parts)
         return new
     return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
 
@@ -84,16 +85,18 @@ def batch_size(
     x: Any,  # a batch: a tensor (bs, …), or tuples, lists and dicts of them
 ) -> int:    # bs
     "Items in a batch: the length of the first tensor in it. Raises: TypeError if there is none."
+    size = _items_in(x)
+    if size is None:
+        raise TypeError(f"a batch is {describe(x)}: nothing in it tells how many items it has")
+    return size
+
+
+def _items_in(x: Any) -> int | None:
+    "The length of the first tensor in a structure, where there is one."
     if isinstance(x, PackedSequence): return int(x.batch_sizes[0])
-    if isinstance(x, Tensor) and x.ndim: return len(x)
-    for part in x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ():
-        if not isinstance(part, str) and (size := _size_or_none(part)) is not None: return size
-    raise TypeError(f"a batch is {describe(x)}: nothing in it tells how many items it has")
-
-
-def _size_or_none(x: Any) -> int | None:
-    try: return batch_size(x)
-    except TypeError: return None
+    if isinstance(x, Tensor): return len(x) if x.ndim else None
+    parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ()
+    return next((size for size in map(_items_in, parts) if size is not None), None)
 
 
 def describe(
@@ -125,20 +128,25 @@ def _joined(parts: Sequence, sizes: Sequence[int]) -> Any:
         return _like(first, {k: _joined([part[k] for part in parts], sizes) for k in first})
     if not isinstance(first, (tuple, list)) or isinstance(first, PackedSequence): return [*parts]
     each = all(len(part) == n for part, n in zip(parts, sizes))        # one entry for each item?
-    if each and any(_size_or_none(x) != sizes[0] for x in first):
+    if each and any(_items_in(x) != sizes[0] for x in first):
         return [x for part in parts for x in part]
     return _like(first, [_joined(column, sizes) for column in zip(*parts, strict=True)])
 
 # %% ../nbs/05_callbacks.ipynb #c554a5e2
+_INSIDE = ("generator", "sampler", "batch_sampler", "ds", "dataset")
+
+
 def generators(
     *loaders,                      # loaders, or None
 ) -> list[torch.Generator]:        # their own generators, each once
-    "The private generators of loaders, their samplers and data sets."
-    owners = [o for dl in loaders for o in (dl, *(getattr(dl, n, None) for n in
-              ("sampler", "batch_sampler", "ds", "dataset")))]
-    owners += [getattr(o, "sampler", None) for o in owners]
-    found = {id(g): g for g in (getattr(o, "generator", None) for o in owners)}
-    return [g for g in found.values() if isinstance(g, torch.Generator)]
+    "The private generators of loaders, their samplers and data sets, and of what is inside these."
+    owners, found = [*loaders], []
+    for owner in owners:                       # grows while we look into it
+        parts = [getattr(owner, name, None) for name in _INSIDE]
+        for part in (*parts, *getattr(owner, "datasets", ())):       # as ConcatDataset has
+            known = found if isinstance(part, torch.Generator) else owners
+            if part is not None and all(part is not other for other in known): known.append(part)
+    return found
 
 
 def random_state(
@@ -202,6 +210,7 @@ class Metric:
     "A number computed over a whole pass: `reset`, `add` each batch, then `value`."
     name: str = "metric"
     lower_is_better: bool | None = None   # None: by the name, where it tells
+    in_use: bool = False                  # is a pass adding to it? Another one takes a copy
     def reset(self) -> None: "Start a new pass."
     def add(
         self,
@@ -224,10 +233,8 @@ class Mean(Metric):
         name: str | None = None,  # how it is called in tables; the function's own name by default
         lower_is_better: bool | None = None,  # None: the function's own word, or by the name
     ):
-        self.func = func
-        self.name = name or _name(func)
-        own = getattr(func, "lower_is_better", None)
-        self.lower_is_better = own if lower_is_better is None else lower_is_better
+        self.func, self.name, self.lower_is_better = func, name or _name(func), lower_is_better
+        if lower_is_better is None: self.lower_is_better = getattr(func, "lower_is_better", None)
         self.reset()
     def reset(self) -> None: self.parts, self.weights = [], []
     def add(self, pred: Any, yb: Any, weight: float) -> None:
@@ -236,14 +243,14 @@ class Mean(Metric):
             raise ValueError(f"metric {self.name} gave {describe(part)}: average it to one number")
         self.parts.append(part.reshape(()))
         self.weights.append(weight)
-    def state(self) -> Tensor:
-        weights = torch.tensor(self.weights, dtype=torch.float64)
-        total = torch.stack(self.parts).cpu().double() @ weights if self.parts else 0.
-        return torch.stack([torch.as_tensor(total, dtype=torch.float64), weights.sum()])
-    def load_state(self, state: Tensor) -> None:
-        total, weight = state.tolist()
-        self.parts, self.weights = [torch.tensor(total/weight, dtype=torch.float64)], [weight]
     def value(self) -> float: return weighted_mean(self.parts, self.weights)
+    def state(self) -> Tensor:
+        total = self.value()*sum(self.weights) if self.parts else 0.
+        return torch.tensor([total, sum(self.weights)], dtype=torch.float64)
+    def load_state(self, state: Tensor) -> None:
+        self.reset()
+        total, weight = state
+        if weight: self.parts, self.weights = [total/weight], [weight.item()]
 
 
 _LOWER = set("loss error err errors mse mae rmse perplexity ppl wer cer nll distance fid".split())
@@ -294,14 +301,12 @@ def spread(
 def _check_callback(cb) -> None:
     "Raises: TypeError on an object without events, or with a method that only looks like one."
     if isinstance(cb, type): raise TypeError(f"{cb.__name__} is a class: pass {cb.__name__}()")
-    odd = [n for n in dir(cb) if n.startswith(("before_", "after_", "around_")) and n not in EVENTS
-           and callable(getattr(cb, n))]
-    if odd:
-        near = get_close_matches(odd[0], EVENTS, 1)
-        advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(EVENTS)}"
-        raise TypeError(f"{type(cb).__name__}.{odd[0]} is no event: {advice}")
-    if not any(hasattr(cb, e) for e in EVENTS):
-        raise TypeError(f"{cb!r} is no callback: it has none of the methods {', '.join(EVENTS)}")
+    names = [n for n in dir(cb) if n.startswith(("before_", "after_", "around_"))
+             and callable(getattr(cb, n))]
+    if not names: raise TypeError(f"{cb!r} is no callback: it has no method like before_fit")
+    for name in names:
+        if name not in EVENTS: raise TypeError(f"{type(cb).__name__}.{name} is no event: did you "
+                                               f"mean {get_close_matches(name, EVENTS, 1, 0)[0]}?")
 
 
 def hears(
@@ -314,8 +319,8 @@ def hears(
 
 # %% ../nbs/05_callbacks.ipynb #0b3dc130
 _PASS = dict(depth=0, mode=None, dl=None, batch=None, n_batches=None, xb=None, yb=None, pred=None,
-             loss=None, loss_for_grad=None, weight=None, indices=None, scratch=None, meters=(),
-             unfinished=False, _received=None)
+             loss=None, loss_for_grad=None, indices=None, scratch=None, meters=(), unfinished=False,
+             _weight=None)
 _NOTHING = nullcontext()
 
 
@@ -350,17 +355,15 @@ class Announcer:
             try: method(self)
             except Exception as error: self._note(error, method, event); raise
 
-    @contextmanager
-    def _entered(self, event: str):
-        with ExitStack() as stack:
-            for method in self._listeners[event]:
-                context = method(self)
-                if context is not None: stack.enter_context(context)
-            yield
-
     def around(self, event: str):
         "The context managers that callbacks return for around_batch or around_forward, as one."
         return self._entered(event) if self._listeners[event] else _NOTHING
+
+    @contextmanager
+    def _entered(self, event: str):
+        with ExitStack() as stack:
+            for method in self._listeners[event]: stack.enter_context(method(self) or _NOTHING)
+            yield
 
     def _phase(self, name: str, body: Callable, own=()) -> bool:
         "before_name, body, after_name. A cancel of our own kind ends here; was there one?"
@@ -401,6 +404,14 @@ class Announcer:
 class BatchStep(Announcer):
     "One step of learning, in public parts: a subclass may replace each, or call them otherwise."
 
+    @property
+    def weight(self) -> float | None:
+        "What averages weigh this batch by: its items, unless somebody has said otherwise."
+        return self._weight if self._weight is not None or self.xb is None else batch_size(self.xb)
+
+    @weight.setter
+    def weight(self, weight: float) -> None: self._weight = weight
+
     def train_batch(self) -> None:
         "Learn from one batch; replace it to train otherwise, as a GAN does."
         pred = self.forward(self.xb)
@@ -427,7 +438,9 @@ class BatchStep(Announcer):
             raise TypeError(f"the loss is {describe(loss)}: return one number, a tensor ()")
         self.loss = self.loss_for_grad = loss
         self._fire("after_loss")
-        return self.loss
+        if self.loss is not loss: raise RuntimeError(
+            "learn.loss was replaced, which would not be learnt: change learn.loss_for_grad")
+        return loss
 
     def backward(self, loss: Tensor) -> None:
         "Add the gradients of a loss, of `get_loss` or made of several; then after_backward."
@@ -466,7 +479,8 @@ class BatchStep(Announcer):
     def params(self) -> list[Tensor]:
         "Parameters with a gradient, of the optimizers that are about to step, or of all."
         groups = [g for opt in self.stepping or self.opts.values() for g in opt.param_groups]
-        return [p for g in groups for p in g["params"] if p.grad is not None]
+        params = [p for g in groups for p in g["params"] if p.grad is not None]
+        return list(dict.fromkeys(params))      # two optimizers may share one
 
 # %% ../nbs/05_callbacks.ipynb #601e666b
 class Loop(BatchStep):
@@ -498,10 +512,10 @@ class Loop(BatchStep):
         outer = left = {k: getattr(self, k) for k in _PASS}
         modes = [(module, module.training) for module in self.model.modules()]
         vars(self).update(_PASS, mode=mode, dl=dl, n_batches=_length(dl), scratch={},
-                          depth=outer["depth"] + 1, meters=self._meters(outer["mode"]))
+                          depth=outer["depth"] + 1, meters=self._meters(mode))
         try:
             self._prepare_model()
-            with torch.set_grad_enabled(mode == "train"):
+            with torch.set_grad_enabled(self.training):
                 self._phase("pass", lambda: self._batches(out))
             self._average(row)
         except Cancel: self._average(row); raise
@@ -511,88 +525,81 @@ class Loop(BatchStep):
             raise
         finally:
             for module, training in modes: module.training = training
-            if mode == "train": self._drop_gradients()
+            for meter in self.meters: meter.in_use = False
             vars(self).update(left)
 
-    def _meters(self, outer_mode: str | None) -> list["Metric"]:
-        "The mean loss and all metrics, reset; copies of those that an outer pass is using."
-        busy = outer_mode in ("validate", "predict")
-        meters = [Mean(None, "loss"), *(copy.deepcopy(self.metrics) if busy else self.metrics)]
-        for meter in meters: meter.reset()
+    def _meters(self, mode: str) -> list["Metric"]:
+        "The mean loss and, in validation, all metrics; copies of those that another pass is using."
+        metrics = self.metrics if mode == "validate" else []
+        meters = [Mean(None, "loss"), *(copy.deepcopy(m) if m.in_use else m for m in metrics)]
+        for meter in meters:
+            meter.reset()
+            meter.in_use = True
         return meters
 
     def _prepare_model(self):
         "On its device; all in eval mode, or in training each layer in its own."
         self.place_model()
-        if self.mode != "train": self.model.eval()
+        if not self.training: self.model.eval()
+        elif self.exchanged: raise RuntimeError(
+            "parameters were exchanged in the middle of a fit: do it between two fits")
         elif not self.model.training: self.model.train()
 
     def _average(self, row: dict):
         "Losses and metrics of this pass, over all processes, into the row."
-        loss, *metrics = self.meters
         if self.mode == "predict": return
-        for meter in self.meters if self.mode == "validate" else [loss]: _merge(meter)
+        for meter in self.meters: _merge(meter)
+        loss, *metrics = self.meters
         if not loss.parts: return
-        row["train_loss" if self.mode == "train" else "valid_loss"] = loss.value()
-        if self.mode == "validate": row.update((m.name, m.value()) for m in metrics)
+        row["train_loss" if self.training else "valid_loss"] = loss.value()
+        row.update((m.name, float(m.value())) for m in metrics)
 
     def _batches(self, out: list | None):
+        if self.training: self._drop_gradients()           # whoever left them
         number = -1
         for number, item in enumerate(self.dl):
-            self.batch, self.indices = number, getattr(self.dl, "indices", None)
-            self._receive(item)
+            self._receive(number, item)
             cancelled = True          # also where a context manager swallows an error
             with self.around("around_batch"):
                 cancelled = self._phase("batch", self._one_batch, CancelBatch)
-            if self.mode == "train" and cancelled and self.unfinished: self._drop_gradients()
+            if cancelled and self.unfinished: self._drop_gradients()
             if out is not None and not cancelled:
                 out.append((*to_device((self.pred, self.yb), "cpu"), batch_size(self.xb)))
-            self.pred = self.loss = self.loss_for_grad = self._received = None
-        if number < 0 and (n_processes() == 1 or self.mode == "train"):
+            self.pred = self.loss = self.loss_for_grad = None
+        if number < 0 and (n_processes() == 1 or self.training):
             raise ValueError("the loader gave no batch: is it empty, or a used-up iterator?")
-        if self.mode == "train" and self.window: self._flush()
+        if self.training and self.window: self._flush()
 
     def _flush(self):
         "Step with what a last, short window has gathered."
         self.accumulating = False
-        try: self.step()
-        except CancelBatch: pass
+        with suppress(CancelBatch): self.step()
         self.zero_grad()
 
-    def _receive(self, item):
-        "A pair from the loader: to the device, through the batch transforms, weighed."
+    def _receive(self, number: int, item):
+        "A pair from the loader: to the device, and through the batch transforms."
+        self.batch, self.indices = number, getattr(self.dl, "indices", None)
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(f"the loader gave {describe(item)}: a loader yields pairs (xb, yb)")
-        self.xb, self.yb = item if self.device is None else to_device(item, self.device)
+        self.xb, self.yb = to_device(item, self.device)
         transform = getattr(self.dl, "batch_tfms", None)
         if transform: self.xb, self.yb = transform((self.xb, self.yb), torch.default_generator)
-        self.weight, self.unfinished = batch_size(self.xb), False
-        self._received = self.xb, self.weight
+        self.weight, self.unfinished = None, False
 
     def _one_batch(self):
-        xb, weight = self._received
-        if self.xb is not xb and self.weight == weight: self.weight = batch_size(self.xb)
-        if self.mode == "train": self.train_batch()
-        else:
-            self.forward(self.xb)
-            if self.mode == "predict": return
+        if self.training: self.train_batch()
+        else: self.forward(self.xb)
+        if self.mode == "validate":
             self.get_loss(self.pred, self.yb)
-            for metric in self.meters[1:]: self._measure(metric)
+            for metric in self.meters[1:]: metric.add(self.pred, self.yb, self.weight)
         if self.loss is not None:
             self.meters[0].parts.append(self.loss.detach())
             self.meters[0].weights.append(self.weight)
 
-    def _measure(self, metric: "Metric"):
-        try: metric.add(self.pred, self.yb, self.weight)
-        except Exception as error:
-            error.add_note(f"in metric {metric.name}, with pred {describe(self.pred)}")
-            raise
-
 # %% ../nbs/05_callbacks.ipynb #5c9f03c4
 def _as_list(x) -> list:
     "One thing, or several in any iterable, as a list."
-    if isinstance(x, Metric) or callable(x) or any(hasattr(x, e) for e in EVENTS): return [x]
-    return list(x) if isinstance(x, Iterable) else [x]
+    return [x] if callable(x) or not isinstance(x, Iterable) else list(x)
 
 
 def _name(func: Callable) -> str:
@@ -602,10 +609,8 @@ def _name(func: Callable) -> str:
 
 
 def _as_metric(metric) -> Metric:
-    if isinstance(metric, type):
-        raise TypeError(f"metric {metric.__name__} is a class: pass {metric.__name__}()")
-    if not isinstance(metric, Metric) and not callable(metric):
-        raise TypeError(f"metric {metric!r} cannot be called: give functions (pred, yb) or Metrics")
+    if isinstance(metric, type) or not (isinstance(metric, Metric) or callable(metric)):
+        raise TypeError(f"a metric is {metric!r}: give functions (pred, yb), or Metric objects")
     return metric if isinstance(metric, Metric) else Mean(metric)
 
 # %% ../nbs/05_callbacks.ipynb #30a0c0fe
@@ -616,7 +621,7 @@ class Optimizers:
     def opts(self) -> dict[str, torch.optim.Optimizer]:
         "The optimizers by name, made when they are first needed."
         if self._opts is None: self._make_opts()
-        elif not self.fitting: self._renew_opts()
+        elif not self.fitting and self.exchanged: self._renew_opts()
         return self._opts
 
     @property
@@ -629,29 +634,31 @@ class Optimizers:
         "The parameter groups of all optimizers."
         return [group for opt in self.opts.values() for group in opt.param_groups]
 
+    @property
+    def exchanged(self) -> bool:
+        "Has the model other parameters than those its optimizers were made for?"
+        return [*map(id, self.model.parameters())] != [*map(id, self._made_for)]
+
     def place_model(self) -> None:
         "Move the model to the learner's device, before anything is made of its parameters."
-        if self.device is not None: self.model.to(self.device)
+        self.model.to(self.device)
 
     def _make_opts(self):
         self.place_model()
         params = list(self.model.parameters())
-        parts = [params] if self.splitter is None else [*map(list, self.splitter(self.model))]
-        _check_parts(self.model, parts)
-        rates = {} if self.lr is None else {"lr": _rates(self.lr, len(parts))}
-        each = [{"params": p, **{k: v[i] for k, v in rates.items()}} for i, p in enumerate(parts)]
-        plain = params if self.splitter is None else each
-        made = self.opt_func(plain, **{k: v[-1] for k, v in rates.items()})
+        parts = [params] if self.splitter is None else _parted(self.model, self.splitter)
+        groups, rate = [{"params": part} for part in parts], {}
+        if self.lr is not None:
+            for group, lr in zip(groups, _rates(self.lr, [1.]*len(groups))): group["lr"] = lr
+            rate = {"lr": groups[-1]["lr"]}
+        made = self.opt_func(params if self.splitter is None else groups, **rate)
         made = dict(made) if isinstance(made, Mapping) else {"opt": made}
-        for opt in made.values():
-            if not hasattr(opt, "param_groups"): raise TypeError(
-                f"opt_func gave {describe(opt)}: it has to give an optimizer, or a dict of them")
+        held = {id(p) for opt in made.values() for g in opt.param_groups for p in g["params"]}
+        if not held <= {*map(id, params)}: raise ValueError(
+            "opt_func gave an optimizer of other parameters: use those that it is given")
         self._opts, self._made_for = made, params
 
     def _renew_opts(self):
-        "New optimizers, where parameters of the model were exchanged."
-        now = list(self.model.parameters())
-        if self._opts is None or [*map(id, now)] == [*map(id, self._made_for)]: return
         before = [group["lr"] for opt in self._opts.values() for group in opt.param_groups]
         self._make_opts()
         if len(before) == len(self.groups): self.set_lr(before)
@@ -662,15 +669,9 @@ class Optimizers:
         lr: float | Sequence[float],  # of the last group, the others in ratio; or one per group
     ) -> None:
         "Set the base rates. Raises: ValueError for other counts, or no ratio to keep."
-        if not isinstance(lr, Sequence | Real | Tensor | np.ndarray): raise TypeError(
-            f"lr is {describe(lr)}: give a number or a list; a schedule goes into cbs")
-        now = [float(group["lr"]) for group in self.groups]
-        if isinstance(lr, Sequence | np.ndarray) or len(now) == 1: rates = _rates(lr, len(now))
-        elif now[-1]: rates = [float(lr)*rate/now[-1] for rate in now]
-        else: raise ValueError("the last group's rate is 0, so the others have no ratio to it: "
-                               "give lr a list")
-        if not min(rates) >= 0: raise ValueError(f"lr is {lr}: give rates of 0 or more")
-        for group, rate in zip(self.groups, rates): group["lr"] = rate
+        groups = self.groups
+        shares = [float(group["lr"]) for group in groups] if len(groups) > 1 else [1.]
+        for group, rate in zip(groups, _rates(lr, shares)): group["lr"] = rate
 
     def freeze_to(
         self,
@@ -679,8 +680,7 @@ class Optimizers:
         "Freeze the first groups, and let the others learn that were frozen here."
         self.unfreeze()
         for group in self.groups[:n]:
-            for p in group["params"]:
-                if p.requires_grad: self._frozen.append(p.requires_grad_(False))
+            self._frozen += [p.requires_grad_(False) for p in group["params"] if p.requires_grad]
 
     def unfreeze(self) -> None:
         "Let all learn that `freeze_to` froze; what was frozen before stays so."
@@ -695,24 +695,29 @@ def hypers(
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
 
 
-def _rates(lr, n: int) -> list[float]:
-    "A rate for each of n groups."
-    if not isinstance(lr, Sequence | np.ndarray): return [float(lr)]*n
-    if len(lr) != n: raise ValueError(f"lr has {len(lr)} rates for {n} groups: give one each")
-    return [float(rate) for rate in lr]
+def _rates(lr, shares: list[float]) -> list[float]:
+    "A rate for each group: a list as it is; a number is the last one's, the others in ratio."
+    if isinstance(lr, Callback): raise TypeError(f"lr is a {_name(lr)}: a schedule goes into cbs")
+    if isinstance(lr, Sequence | np.ndarray): rates = [float(rate) for rate in lr]
+    elif shares[-1]: rates = [float(lr)*share/shares[-1] for share in shares]
+    else: raise ValueError("the last rate is 0, so the others have no ratio to it: give lr a list")
+    if len(rates) != len(shares):
+        raise ValueError(f"lr has {len(rates)} rates for {len(shares)} groups: give one each")
+    if not all(0 <= rate < float("inf") for rate in rates):
+        raise ValueError(f"lr is {lr}: give finite rates of 0 or more")
+    return rates
 
 
-def _check_parts(model: nn.Module, parts: list[list]) -> None:
-    "Raises: ValueError unless the parts hold every parameter once."
-    given = [id(p) for part in parts for p in part]
-    names = {id(p): name for name, p in model.named_parameters()}
-    missing = [name for i, name in names.items() if i not in given]
-    double = sorted({names.get(i, "one of no layer") for i in given if given.count(i) > 1})
-    foreign = [i for i in given if i not in names]
-    if missing or double or foreign: raise ValueError(
-        "splitter has to put every parameter into one list: " + "; ".join(filter(None, [
-            missing and f"missing {', '.join(missing)}", double and f"double {', '.join(double)}",
-            foreign and "some are not the model's"])))
+def _parted(model: nn.Module, splitter: Callable) -> list[list]:
+    "What a splitter gives. Raises: ValueError unless its lists hold every parameter once."
+    parts = [list(x) if isinstance(x, Iterable) else [x] for x in splitter(model)]
+    names, count = {id(p): name for name, p in model.named_parameters()}, Counter()
+    for p in [p for part in parts for p in part]: count[names.get(id(p), describe(p))] += 1
+    odd = [f"{name} is no parameter" for name in count if name not in names.values()]
+    odd += [f"{name} is in {count[name]}" for name in names.values() if count[name] != 1]
+    if odd: raise ValueError("splitter has to give lists of parameters, each parameter in one of "
+                             f"them: {', '.join(odd[:4])}")
+    return parts
 
 # %% ../nbs/05_callbacks.ipynb #0355f226
 def _in_notebook() -> bool:
@@ -727,16 +732,16 @@ class Progress(Callback):
     def __init__(
         self,
         style: str | None = None,  # 'notebook', 'terminal', 'log' (rows only); None: by the place
-    ): self.style, self.master, self.how = style, None, None
+    ): self.style, self.how, self.master = style, None, None
 
     def before_fit(self, learn: "Learner"):
         place = "notebook" if _in_notebook() else "terminal" if sys.stdout.isatty() else "log"
-        self.how, self.names, self.shown, self.last = self.style or place, None, 0, 0.
-        if not is_main(): self.how = None
+        self.how = (self.style or place) if is_main() else None
+        self.names, self.shown, self.last = None, 0, 0.
         if self.how == "notebook" and learn.n_epochs:
             from fastprogress.fastprogress import master_bar
             self.master = master_bar(range(learn.n_epochs))
-            self.master.update(learn.epochs_done)
+            self.master.update(0)
 
     def before_pass(self, learn: "Learner"):
         if self.master is None or not learn.n_batches or learn.depth > 1: return
@@ -753,15 +758,13 @@ class Progress(Callback):
     def after_epoch(self, learn: "Learner"):
         if self.how is None: return
         if self.how == "terminal": print("\r\033[K", end="")
-        for row in learn.history[self.shown:]: self._show(learn, row)
-        self.shown = len(learn.history)
-        if self.master is not None: self.master.update(learn.epoch + 1)
-
-    def _show(self, learn: "Learner", row: dict):
         if self.names is None:
             self.names = learn.columns()
             self._write(self.names)
-        self._write([_cell(name, row.get(name, "")) for name in self.names])
+        for row in learn.history[self.shown:]:
+            self._write([_cell(name, row.get(name, "")) for name in self.names])
+        self.shown = len(learn.history)
+        if self.master is not None: self.master.update(learn.epoch + 1)
 
     def _write(self, words: list[str]):
         if self.master is not None: self.master.write(words, table=True); return
@@ -783,7 +786,7 @@ class Learner(Loop, Optimizers):
     def __init__(
         self,
         model: nn.Module,     # takes xb; several networks go into one module
-        dls: DataLoaders,     # has .train and .valid: iterables of (xb, yb)
+        dls: DataLoaders,     # has .train and .valid: iterables of (xb, yb); or a pair of these
         loss_func: Callable,  # (pred, yb) -> one number
         opt_func: Callable = SGD,  # (params) or (params, lr=lr) -> an optimizer, or a dict of them
         lr: float | Sequence[float] | None = None,  # one, or one per group; None: opt_func's
@@ -798,27 +801,25 @@ class Learner(Loop, Optimizers):
             f"model is {describe(model)}: give an nn.Module (several go into one nn.ModuleDict)")
         if isinstance(loss_func, type):
             raise TypeError(f"loss_func is a class: pass {loss_func.__name__}()")
-        if isinstance(opt_func, torch.optim.Optimizer): raise TypeError(
-            "opt_func is an optimizer already: pass its class, as opt_func=torch.optim.Adam")
-        if isinstance(dls, tuple): dls = DataLoaders(*dls)
+        if dls is None or isinstance(dls, tuple): dls = DataLoaders(*dls or [None])
         self.model, self.dls, self.loss_func, self.opt_func = model, dls, loss_func, opt_func
         self.lr, self.splitter, self.quiet = lr, splitter, quiet
         self.device = default_device() if device is None else torch.device(device)
         self.metrics = [_as_metric(m) for m in _as_list(metrics)]
         names = ["epoch", "train_loss", "valid_loss", "seconds", *(m.name for m in self.metrics)]
-        double = {name for name in names if names.count(name) > 1}
+        double = [name for name, n in Counter(names).items() if n > 1]
         if double: raise ValueError(f"two columns would be called {', '.join(double)}: name one of "
                                     "them, Mean(func, name)")
         self.cbs, self.history, self.window, self.stepping = [], [], [], ()
-        self._opts, self._frozen = None, []
+        self._opts, self._made_for, self._frozen = None, [], []
         self.n_epochs = self.epochs_done = self.epoch = 0
-        self.fitting = self.epoch_complete = self.accumulating = self.unfinished = False
+        self.fitting = self.epoch_complete = self.accumulating = False
         self.skip_step = self.stepped = False
         vars(self).update(_PASS)
         self._listen()
         for cb in _as_list(cbs): self.add_cb(cb)
-        shown = quiet or any(isinstance(cb, Progress) for cb in self.cbs)
-        if not shown: self.add_cb(Progress())
+        if not quiet and not any(isinstance(cb, Progress) for cb in self.cbs):
+            self.add_cb(Progress())
 
     @property
     def training(self) -> bool:
@@ -852,18 +853,19 @@ class Learner(Loop, Optimizers):
     @contextmanager
     def _session(self, cbs=()):
         "Extra callbacks for the time being; a cancel that finds nothing of its kind is an error."
-        kept, cbs = list(self.cbs), _as_list(cbs)
+        added = []
         if self.mode is None: vars(self).update(_PASS)      # a batch that was kept to be looked at
         try:
-            for cb in cbs: self.add_cb(cb)
+            for cb in _as_list(cbs):
+                self.add_cb(cb)
+                added.append(cb)
             self._listen()
             yield
         except Cancel as stray:
             raise RuntimeError(f"{type(stray).__name__} was raised where there is nothing of its "
                                "kind to cancel") from stray
         finally:
-            extra = [id(cb) for cb in cbs if not any(cb is other for other in kept)]
-            self.cbs = [cb for cb in self.cbs if id(cb) not in extra]
+            self.cbs = [cb for cb in self.cbs if all(cb is not one for one in added)]
             self._listen()
 
     def fit(
@@ -874,21 +876,19 @@ class Learner(Loop, Optimizers):
         resume: str | PathLike | None = None,       # checkpoint to go on from
     ) -> None:
         "Train. An error says in a note where it happened. Raises: ValueError, TypeError."
-        if self.fitting: raise RuntimeError("fit was called inside a fit: one training at a time")
-        if not hasattr(n, "__index__") or index(n) < 0:
-            raise ValueError(f"n is {n!r}: give a whole number of epochs, 0 or more")
+        if self.fitting or self.depth:
+            raise RuntimeError("fit was called inside a fit or a pass: one training at a time")
+        if (n := index(n)) < 0: raise ValueError(f"n is {n}: give a number of epochs, 0 or more")
         with self._session(cbs):
-            self.n_epochs, self.epochs_done, self.epoch, self.history = index(n), 0, 0, []
-            self.place_model()
-            self._renew_opts()
+            content = None if resume is None else self._resumable(resume)    # by lesson 05b
             if lr is not None: self.set_lr(lr)
-            self.fitting, self.base = True, [hypers(group) for group in self.groups]
+            self.base = [hypers(group) for group in self.groups]
+            self.n_epochs, self.epochs_done, self.epoch, self.history = n, 0, 0, []
+            self.fitting = True
             def body():
-                if resume is not None: self._resume(resume, lr)
+                if content is not None: self._resume(content, lr)
                 self._epochs()
-            try:
-                self._drop_gradients()
-                self._phase("fit", body, CancelFit)
+            try: self._phase("fit", body, CancelFit)
             finally:
                 for group, base in zip(self.groups, self.base): group.update(base)
                 self._drop_gradients()
@@ -925,32 +925,33 @@ class Learner(Loop, Optimizers):
         return [*dict.fromkeys([*names, "seconds", *(k for row in self.history for k in row)])]
 
     def _loader(self, dl):
-        dl = getattr(self.dls, "valid", None) if dl is None else dl
+        dl = self.dls.valid if dl is None else dl
         if dl is None: raise ValueError("there is no validation loader: give one, validate(dl)")
         return dl
 
     def __repr__(self) -> str:
-        n = sum(p.numel() for p in self.model.parameters())
-        learn = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        loaders = {name: getattr(self.dls, name, None) for name in ("train", "valid")}
-        sizes = [f"{k} {_length(dl) or '?'} batches" for k, dl in loaders.items() if dl is not None]
-        made = [type(opt).__name__ for opt in (self._opts or {}).values()]
-        rates = [f"{float(g['lr']):.3g}" for g in self.groups] if made else [f"{self.lr}"]
-        return "\n".join([
-            f"Learner of {type(self.model).__name__} on {self.device}",
-            f"  parameters {n:,}, of which {learn:,} learn",
-            f"  data       {', '.join(sizes) or 'none'}",
-            f"  loss       {_name(self.loss_func)}",
-            f"  optimizer  {', '.join(made) or _name(self.opt_func)}, lr {', '.join(rates)}",
-            f"  metrics    {', '.join(m.name for m in self.metrics) or 'none'}",
-            f"  callbacks  {', '.join(type(cb).__name__ for cb in self.cbs) or 'none'}",
-            f"  trained    {self.epochs_done} of {self.n_epochs} epochs"])
+        params, opts = list(self.model.parameters()), (self._opts or {}).values()
+        learns = sum(p.numel() for p in params if p.requires_grad)
+        loaders = {"train": self.dls.train, "valid": self.dls.valid}
+        made = [type(opt).__name__ for opt in opts] or [_name(self.opt_func)]
+        rates = [f"{float(g['lr']):.3g}" for opt in opts for g in opt.param_groups]
+        facts = {
+            "parameters": [f"{sum(p.numel() for p in params):,}", f"of which {learns:,} learn"],
+            "data": [f"{k} {_length(dl) or '?'} batches" for k, dl in loaders.items()
+                     if dl is not None],
+            "loss": [_name(self.loss_func)],
+            "optimizer": [*made, f"lr {', '.join(rates) or self.lr}"],
+            "metrics": [m.name for m in self.metrics],
+            "callbacks": [type(cb).__name__ for cb in self.cbs],
+            "trained": [f"{self.epochs_done} of {self.n_epochs} epochs"]}
+        lines = [f"  {name:<10} {', '.join(words) or 'none'}" for name, words in facts.items()]
+        return "\n".join([f"Learner of {type(self.model).__name__} on {self.device}", *lines])
 
 # %% ../nbs/05b_checkpoints.ipynb #312163db
 import os
-from collections import Counter
 from pathlib import Path, PurePath
 from pickle import UnpicklingError
+from zipfile import BadZipFile, ZipFile
 
 # %% ../nbs/05b_checkpoints.ipynb #b6953b36
 def plain(
@@ -964,8 +965,8 @@ def plain(
     if isinstance(x, (list, tuple)):
         parts = [plain(v, f"{name}[{i}]") for i, v in enumerate(x)]
         return tuple(parts) if isinstance(x, tuple) else parts
-    if isinstance(x, np.generic): return x.item()
     if isinstance(x, PurePath): return str(x)
+    if isinstance(x, np.generic): x = x.item()
     if type(x) in (Tensor, nn.Parameter): return x.detach()
     if x is None or type(x) in (bool, int, float, str, bytes, torch.dtype, torch.device): return x
     raise TypeError(f"{name} is a {type(x).__name__}, which a checkpoint could not read back: keep "
@@ -998,34 +999,20 @@ def read_checkpoint(
 ) -> dict:                 # its content, on the CPU
     "Read a checkpoint without running any code in it. Raises: FileNotFoundError, ValueError."
     name = Path(path).name
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {name!r}: was an epoch finished?")
-    try: content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError: raise
-    except UnpicklingError as error:
-        raise ValueError(f"{name} holds pickled code, or is no checkpoint: not opened") from error
-    except Exception as error:   # a damaged file can fail in any way
-        raise ValueError(f"{name} is truncated or damaged: take an older checkpoint") from error
+    with open(path, "rb") as file:
+        try:
+            if ZipFile(file).testzip(): raise BadZipFile      # a part is not what its sum says
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except UnpicklingError as error: raise ValueError(
+            f"{name} holds pickled code, or is no checkpoint: not opened") from error
+        except Exception as error: raise ValueError(    # a damaged file can fail in any way
+            f"{name} is truncated or damaged: take an older checkpoint") from error
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"{name} is no checkpoint of a Learner")
     return content
 
 # %% ../nbs/05b_checkpoints.ipynb #b49e39b7
-def _kept(learn: Learner) -> dict:
-    "Callbacks that have something to keep, by name; a second of a class is called Name_2."
-    found, count = {}, Counter()
-    for cb in learn.cbs:
-        if not hasattr(cb, "state_dict"): continue
-        name = type(cb).__name__
-        count[name] += 1
-        found[f"{name}_{count[name]}" if count[name] > 1 else name] = cb
-    return found
-
-
-def _loaders(learn: Learner) -> list:
-    return [getattr(learn.dls, name, None) for name in ("train", "valid")]
-
-
 def save(
     self: Learner,
     path: str | PathLike,    # file to write
@@ -1034,15 +1021,14 @@ def save(
     "Write all that training needs to go on, all or nothing. Raises: TypeError, ValueError."
     if optimizer and self.depth: raise ValueError(
         "in the middle of an epoch only the weights can be saved: save(path, optimizer=False)")
-    names = {id(p): name for name, p in self.model.named_parameters()}
-    content = {"model": dict(self.model.state_dict())}
+    content, params = {"model": dict(self.model.state_dict())}, dict(self.model.named_parameters())
     if optimizer: content |= {
         "opts": {name: opt.state_dict() for name, opt in self.opts.items()},
         "base": self.base if self.fitting else [hypers(group) for group in self.groups],
-        "learns": [name for name, p in self.model.named_parameters() if p.requires_grad],
-        "frozen": [names[id(p)] for p in self._frozen if id(p) in names],
+        "learns": [name for name, p in params.items() if p.requires_grad],
+        "frozen": [name for name, p in params.items() if any(p is one for one in self._frozen)],
         "epochs_done": self.epochs_done, "history": self.history,
-        "random": random_state(*_loaders(self)),
+        "random": random_state(self.dls.train, self.dls.valid),
         "callbacks": {name: cb.state_dict() for name, cb in _kept(self).items()}}
     return write_checkpoint(content, path)
 
@@ -1052,7 +1038,7 @@ def load(
     path: str | PathLike,  # a file that `save` wrote
 ) -> Learner:              # the same learner
     "Read weights back, and the optimizer, if saved. Raises: ValueError if they do not fit."
-    content = read_checkpoint(path)
+    content = _fitting(self, path)
     _restore(self, content)
     for group, base in zip(self.groups if "opts" in content else (), content.get("base", ())):
         group.update(base)
@@ -1061,55 +1047,75 @@ def load(
     return self
 
 
-def _restore(learn: Learner, content: dict) -> None:
-    "Weights and optimizers: all of them, or an error, and then nothing has changed."
+def _resumable(
+    self: Learner,
+    path: str | PathLike,  # a file that `save` wrote between two epochs
+) -> dict:                 # its content, found to fit
+    "What `fit(n, resume=path)` looks at before it changes anything. Raises: ValueError."
+    content, kept = _fitting(self, path), _kept(self)
+    if "opts" not in content:
+        raise ValueError(f"{Path(path).name} holds weights only: load it, and fit anew")
+    if kept.keys() != content["callbacks"].keys(): raise ValueError(
+        "resume with the callbacks of the first run: it kept "
+        f"{', '.join(content['callbacks']) or 'none'}, here are {', '.join(kept) or 'none'}")
+    return content
+
+
+def _resume(
+    self: Learner,
+    content: dict,  # of a checkpoint
+    lr: float | Sequence[float] | None = None,  # new base rates
+) -> None:
+    "Put back everything in a checkpoint."
+    _restore(self, content)
+    for name, p in self.model.named_parameters(): p.requires_grad_(name in content["learns"])
+    self._frozen = [p for name, p in self.model.named_parameters() if name in content["frozen"]]
+    for name, cb in _kept(self).items(): cb.load_state_dict(content["callbacks"][name])
+    for name in ("epochs_done", "history", "base"): setattr(self, name, content[name])
+    if lr is not None:
+        for group, base in zip(self.groups, self.base): group["lr"] = base["lr"]
+        self.set_lr(lr)
+        for group, base in zip(self.groups, self.base): base["lr"] = group["lr"]
+    set_random_state(content["random"], self.dls.train, self.dls.valid)
+
+
+Learner.save, Learner.load = save, load
+Learner._resumable, Learner._resume = _resumable, _resume
+
+
+def _kept(learn: Learner) -> dict:
+    "Callbacks that have something to keep, by name; a second of a class is called Name_2."
+    kept = [cb for cb in learn.cbs if hasattr(cb, "state_dict")]
+    names = [type(cb).__name__ for cb in kept]
+    earlier = [names[:i].count(name) for i, name in enumerate(names)]
+    return {f"{name}_{n + 1}" if n else name: cb for name, n, cb in zip(names, earlier, kept)}
+
+
+def _fitting(learn: Learner, path: str | PathLike) -> dict:
+    "The content of a checkpoint of this model and optimizer. Raises: ValueError if it is another."
+    content = read_checkpoint(path)
     def shapes(state: dict) -> dict:
         return {k: list(getattr(v, "shape", ())) for k, v in state.items()}
     here, there = shapes(learn.model.state_dict()), shapes(content["model"])
     odd = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
     if odd: raise ValueError("the checkpoint is of another model: " + "; ".join(
         f"{k} is {there.get(k, 'missing')} there, {here.get(k, 'missing')} here" for k in odd[:4]))
-    opts = content.get("opts")
-    if opts is not None and opts.keys() != learn.opts.keys():
-        raise ValueError(f"the checkpoint has the optimizers {[*opts]}, here are {[*learn.opts]}")
-    for name, saved in (opts or {}).items(): _load_opt(learn.opts[name], saved)
+    if "opts" not in content: return content
+    here = {name: _kind(opt.param_groups) for name, opt in learn.opts.items()}
+    there = {name: _kind(state["param_groups"]) for name, state in content["opts"].items()}
+    if here != there:
+        raise ValueError(f"the checkpoint is of another optimizer: {there} there, {here} here")
+    return content
+
+
+def _kind(groups: list[dict]) -> list[str]:
+    "What kind of optimizer it is: for each group how many parameters, and telling hypers."
+    telling = ("momentum", "betas", "alpha", "lr_decay")
+    return [" ".join([str(len(group["params"])), *(k for k in telling if k in group)])
+            for group in groups]
+
+
+def _restore(learn: Learner, content: dict) -> None:
+    "Weights and optimizers."
+    for name, state in content.get("opts", {}).items(): learn.opts[name].load_state_dict(state)
     learn.model.load_state_dict(content["model"])
-
-
-def _load_opt(opt: torch.optim.Optimizer, saved: dict) -> None:
-    "The state of one optimizer. Raises: ValueError where it is of another kind."
-    have, want = ({k for g in groups for k in g} & {"betas", "momentum", "alpha"}
-                  for groups in (saved["param_groups"], opt.param_groups))
-    if not want <= have: raise ValueError("the checkpoint is of another optimizer: it has no "
-                                          f"{', '.join(want - have)}")
-    try: opt.load_state_dict(saved)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"the checkpoint is of another optimizer: {error}") from error
-
-
-def _resume(
-    self: Learner,
-    path: str | PathLike,  # a file that `save` wrote after an epoch
-    lr: float | Sequence[float] | None = None,  # new base rates
-) -> None:
-    "Put back everything in a checkpoint: what `fit(n, resume=path)` starts with."
-    content = read_checkpoint(path)
-    if "opts" not in content:
-        raise ValueError(f"{Path(path).name} holds weights only: load it, and fit anew")
-    kept, states = _kept(self), content["callbacks"]
-    if kept.keys() != states.keys(): raise ValueError(
-        f"resume with the callbacks of the first run: it kept {', '.join(states) or 'none'}, "
-        f"here are {', '.join(kept) or 'none'}")
-    _restore(self, content)
-    for name, p in self.model.named_parameters(): p.requires_grad_(name in content["learns"])
-    self._frozen = [p for name, p in self.model.named_parameters() if name in content["frozen"]]
-    for name, cb in kept.items(): cb.load_state_dict(states[name])
-    for name in ("epochs_done", "history", "base"): setattr(self, name, content[name])
-    if lr is not None:
-        for group, base in zip(self.groups, self.base): group["lr"] = base["lr"]
-        self.set_lr(lr)
-        self.base = [base | {"lr": group["lr"]} for base, group in zip(self.base, self.groups)]
-    set_random_state(content["random"], *_loaders(self))
-
-
-Learner.save, Learner.load, Learner._resume = save, load, _resume

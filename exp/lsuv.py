@@ -76,6 +76,17 @@ def _settle(run: Callable, units: dict, mean: float | None, std: float, tol: flo
         tried[weight] = tries + 1, bold, wrong
 
 # %% ../nbs/07_lsuv.ipynb #5d8ff457
+def _begin(biases: dict, orthogonal: bool, generator: torch.Generator | None, undo: ExitStack):
+    "Draw the weights to start from, and note how to put everything back."
+    source = generator or torch.default_generator
+    undo.callback(source.set_state, source.get_state())
+    for weight in biases:
+        for p in (weight, *biases[weight]): undo.callback(p.copy_, p.clone())
+        if orthogonal:
+            orthogonal_(weight, generator=generator)
+            for bias in biases[weight]: bias.zero_()
+
+
 @torch.no_grad()
 def lsuv_(
     model: nn.Module,  # changed in place: weights and biases of `layers`, nothing else
@@ -93,9 +104,10 @@ def lsuv_(
 ) -> nn.Module:  # model
     """Give each layer's output mean 0 and std 1 on a batch, in the order in which layers run.
     A layer that runs twice, or layers with one weight, count as one, their outputs pooled.
+    Frozen ones are set like all others, unless `layers` leaves them out.
     Measured in evaluation mode; modes, buffers, gradients and hooks are left as they were.
     Raises: ValueError naming the layer that is dead, puts out NaN, does not run or settle; then
-    all weights are what they were. Paper: Mishkin & Matas 2015, algorithm 1.
+    all weights and the generator are what they were. Paper: Mishkin & Matas 2015, algorithm 1.
     """
     if not 0 < std < math.inf: raise ValueError(f"std is {std}: give a finite number above 0")
     units = _units(model, layers)
@@ -104,11 +116,7 @@ def lsuv_(
     if not running or idle and layers is not None:
         raise ValueError(f"layers {idle} do not run, or not before what is measured: give `layers`")
     with ExitStack() as undo:
-        for weight in running:
-            for p in (weight, *units[weight][1]): undo.callback(p.copy_, p.clone())
-            if orthogonal:
-                orthogonal_(weight, generator=generator)
-                for bias in units[weight][1]: bias.zero_()
+        _begin({weight: units[weight][1] for weight in running}, orthogonal, generator, undo)
         _settle(lambda: _outputs(model, xb, units), units, mean, std, tol, max_iter)
         undo.pop_all()
     return model

@@ -73,8 +73,6 @@ class BatchNorm(_Norm):
     Evaluation uses running averages. Raises: TypeError on whole numbers; ValueError on other
     channels, or if a training batch has fewer than two values per channel.
     Same as: nn.BatchNorm1d, 2d, 3d (1e-5). Paper: Ioffe & Szegedy 2015."""
-    _version = 2   # of its state dict: before, there was no num_batches_tracked
-
     def __init__(
         self,
         num_features: int,       # channels c of (bs, c), (bs, c, l), (bs, c, h, w), …
@@ -119,11 +117,6 @@ class BatchNorm(_Norm):
                 b.mul_(1 - share).add_(share*new.detach().flatten(1).mean(0))
         return d, var, shape
 
-    def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *args):
-        if self.track_running_stats and metadata.get("version", 1) < 2:
-            state.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
-        super()._load_from_state_dict(state, prefix, metadata, *args)
-
 # %% ../nbs/06a_norms.ipynb #4c4153e4
 class LayerNorm(_Norm):
     """Give each item mean 0 and variance 1 over its last axes, then scale and shift each entry.
@@ -138,8 +131,8 @@ class LayerNorm(_Norm):
         device: torch.device | str | None = None,  # where the parameters live
         dtype: torch.dtype | None = None,          # of the parameters
     ):
-        single = isinstance(normalized_shape, int)
-        shape = (normalized_shape,) if single else tuple(normalized_shape)
+        several = isinstance(normalized_shape, Iterable)
+        shape = tuple(normalized_shape) if several else (normalized_shape,)
         super().__init__(shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
         self.normalized_shape, self.elementwise_affine = shape, elementwise_affine
 

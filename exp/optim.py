@@ -27,9 +27,7 @@ def keeps(
     return mark
 
 
-def elementwise(
-    rule: Callable,  # (s, h) -> None
-) -> Callable:       # the same, marked
+def elementwise(rule: Callable) -> Callable:
     "Mark a rule that needs no shape and no norm: it may be handed any flat run of numbers."
     rule.elementwise = True
     return rule
@@ -69,11 +67,18 @@ def one_by_one(
             if n != "g" and getattr(seen, n) is not t: t.copy_(getattr(seen, n))
 
 # %% ../nbs/09_optimizers.ipynb #89470314
+def _as_group(x: object) -> object:
+    "Parameters in a row are a group; a (name, parameter) is one parameter."
+    named = isinstance(x, tuple) and x and isinstance(x[0], str)
+    in_a_row = isinstance(x, Iterable) and not (named or isinstance(x, (Tensor, dict)))
+    return {"params": x} if in_a_row else x
+
+
 class Optimizer(torch.optim.Optimizer):
     """Any optimizer: stats, which keep something about the gradients, and steppers, which use it
     to move the weights. Both are rules f(s, h): s.p, s.g, s.step (from 1), what they keep, by
     name, s.fresh (the names that are new in this step); h: the group's hypers. They may write in
-    place or assign. With elementwise rules, the number of threads changes no bit."""
+    place or assign."""
     hand_out = staticmethod(one_by_one)
 
     def __init__(
@@ -86,11 +91,7 @@ class Optimizer(torch.optim.Optimizer):
         "Raises: TypeError, ValueError for what cannot be stepped, or for odd hypers."
         self.rules = [*stats, *steppers]
         if isinstance(params, (dict, set)): params = [params]
-        if not isinstance(params, Tensor):
-            def is_group(x: object) -> bool:      # (word, tensor) is a named parameter
-                return isinstance(x, (list, set, tuple, Iterator)) and not (
-                    isinstance(x, tuple) and x and isinstance(x[0], str))
-            params = [{"params": x} if is_group(x) else x for x in params]
+        if not isinstance(params, Tensor): params = [_as_group(x) for x in params]
         super().__init__(params, hypers)
 
     def __getstate__(self) -> dict: return super().__getstate__() | {"rules": self.rules}
@@ -100,40 +101,32 @@ class Optimizer(torch.optim.Optimizer):
         "What the rules keep: name -> (when, start)."
         return {n: k for rule in self.rules for n, k in getattr(rule, "keeps", {}).items()}
 
-    def add_param_group(
-        self,
-        param_group: dict,  # 'params', and any hypers that shall differ from the defaults
-    ) -> None:
-        "Step these parameters too. Raises: TypeError, ValueError; then nothing has changed."
-        if not isinstance(param_group, dict): param_group = {"params": param_group}
-        known = {"params", "param_names", "initial_lr", *self.defaults}
-        for name in param_group.keys() - known:
-            near = get_close_matches(name, self.defaults, 1)
-            raise ValueError(f"{name!r} is unknown: is it {' or '.join(near or self.defaults)}?")
-        _check_hypers(group := self.defaults | param_group)
-        ps = group["params"]
-        if not isinstance(ps, set):
-            ps = group["params"] = [ps] if isinstance(ps, Tensor) else list(ps)
-        if len({id(p[1] if isinstance(p, tuple) else p) for p in ps}) < len(ps): raise ValueError(
-            "params holds a parameter twice: it would be stepped twice")
+    def add_param_group(self, param_group: dict) -> None:
+        """Step these parameters too, with hypers that may differ from the defaults.
+        Raises: TypeError, ValueError; then nothing has changed."""
+        group = self.defaults | dict(param_group)
+        if not isinstance(group["params"], (Tensor, set)):
+            ps = group["params"] = list(group["params"])
+            different = {id(p[1] if isinstance(p, tuple) else p) for p in ps}
+            if len(different) < len(ps): raise ValueError(
+                "params holds a parameter twice: it would be stepped twice")
+        for name in group.keys() - {"params", "param_names", "initial_lr", *self.defaults}:
+            near = get_close_matches(name, self.defaults, 1) or self.defaults
+            raise ValueError(f"{name!r} is unknown: is it {' or '.join(near)}?")
+        _check_hypers(group)
         super().add_param_group(group)
 
     @torch.no_grad()
-    def step(
-        self,
-        closure: Callable | None = None,  # () -> loss, with its gradients made
-    ):
-        """Move every parameter that has a gradient; give the closure's loss.
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        """Move every parameter that has a gradient; a closure makes them anew, and gives the loss.
         Raises: TypeError, ValueError. A step that fails does not count."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
+        loss = closure and torch.enable_grad()(closure)()
         work, kept = [], self.kept
         for group in self.param_groups:
             h = SimpleNamespace(**{n: x.item() if isinstance(x, Tensor) else x
                                    for n, x in group.items() if n != "params"})
-            with_grad = [p for p in group["params"] if p.grad is not None]
-            work.append((h, [self._part(p, h, kept) for p in with_grad]))
+            parts = [self._part(p, h, kept) for p in group["params"] if p.grad is not None]
+            work.append((h, parts))
         for h, parts in work:
             for s in self.hand_out(parts, self.rules):
                 for rule in self.rules: rule(s, h)
@@ -164,70 +157,76 @@ class Optimizer(torch.optim.Optimizer):
         for group in state["param_groups"]: group.update(_signs(self))
         return state
 
-    def load_state_dict(
-        self,
-        state_dict: dict,  # of the same kind of optimizer; PyTorch's namesakes fit as well
-    ) -> None:
-        """Take over hypers and memory, which stays in single for half precision.
-        Raises: ValueError; then nothing has changed."""
-        taken = {}
-        def fit(opt: Optimizer, saved: dict) -> dict:
-            taken.update(_fitted(opt, saved))
-            return taken
-        with self.register_load_state_dict_pre_hook(fit): super().load_state_dict(state_dict)
-        for i, p in zip((i for g in taken["param_groups"] for i in g["params"]),
-                        [p for g in self.param_groups for p in g["params"]]):
-            if not (state := taken["state"].get(i)): continue
-            step = int(state.get("step", 1))
-            self.state[p] = {n: torch.empty_like(p, dtype=_wide_dtype(p)).copy_(m) for n, m in
-                             state.items() if m is not None and n != "step"} | {"step": step}
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take over hypers and memory, which stays in single for half precision, of the same kind
+        of optimizer or PyTorch's namesake. Raises: ValueError; then nothing has changed."""
+        groups, memory = _fitted(self, state_dict)
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.state.update(memory)
 
 # %% ../nbs/09_optimizers.ipynb #6041a2e0
-_RANGES = dict.fromkeys(("lr", "eps", "eps_1d", "alpha", "momentum", "weight_decay", "ratio_1d",
-                         "trust", "lr_decay", "initial_accumulator_value"), math.inf)
+_BELOW = dict.fromkeys(("lr", "eps", "momentum", "dampening", "weight_decay", "ratio_1d", "trust",
+                        "lr_decay", "initial_accumulator_value"), math.inf)
+_BELOW |= {"alpha": 1., "betas": 1.}
 
 
 def _check_hypers(group: dict) -> None:
     "Raises: TypeError, ValueError for numbers that cannot be meant."
-    for name, top in (_RANGES | {"betas": 1., "betas_1d": 1.}).items():
-        pair = group.get(name, 0.)
-        for x in pair if top == 1 and name in group else [pair]:
-            if not 0 <= x < top: raise ValueError(
-                f"{name} is {group[name]}: give at least 0 and below {top:g}")
+    for name in [n for n in group if n in _BELOW]:
+        first, second = group[name] if name == "betas" else (group[name], 0.)
+        if not all(0 <= x < _BELOW[name] for x in (first, second)): raise ValueError(
+            f"{name} is {group[name]}: give at least 0 and below {_BELOW[name]:g}")
 
 
 def _signs(opt: Optimizer) -> dict:
     "What tells optimizers with equal hypers apart."
-    names = [getattr(rule, "__name__", type(rule).__name__) for rule in opt.rules]
+    plain = [getattr(rule, "func", rule) for rule in opt.rules]       # of a partial: its function
+    names = [getattr(rule, "__name__", type(rule).__name__) for rule in plain]
     return {"rules": names, "decoupled_weight_decay": decay in opt.rules}
 
+# %% ../nbs/09_optimizers.ipynb #5d1f7a31
+_NAMESAKES = {"dampening": "momentum_step", "ns_steps": "muon_step", "centered": "rmsprop_step",
+              "lr_decay": "adagrad_step", "amsgrad": "adam_step", "momentum_decay": "NAdam",
+              "decoupled_weight_decay": "radam_step"}     # the first that is found decides
 
-def _fitted(opt: Optimizer, saved: dict) -> dict:
-    "A state dict that means the same for opt, completed. Raises: ValueError."
-    groups, owners = [], {}
+
+def _odd(opt: Optimizer, theirs: dict) -> list[str]:
+    "What in a saved group does not mean the same for opt."
+    signs = _signs(opt)
+    kin = next((rule for name, rule in _NAMESAKES.items() if name in theirs), None)
+    theirs = {"rules": signs["rules"] if kin in signs["rules"] else kin} | theirs
+    odd = [n for n in opt.defaults if n not in theirs and n != "ratio_1d"]
+    odd += [n for n, sign in signs.items() if theirs.get(n, sign) != sign]
+    return odd + [n for n in ("amsgrad", "maximize") if theirs.get(n)]
+
+
+def _fitted(opt: Optimizer, saved: dict) -> tuple[list[dict], dict]:
+    "Groups and memory of a state dict that means the same for opt. Raises: ValueError."
     sizes = [[len(g["params"]) for g in gs] for gs in (saved["param_groups"], opt.param_groups)]
-    if sizes[0] != sizes[1]: return saved   # PyTorch says so
+    if sizes[0] != sizes[1]: raise ValueError(
+        f"state_dict has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}")
+    groups, memory = [], {}
     for theirs, ours in zip(saved["param_groups"], opt.param_groups):
-        odd = [n for n in opt.defaults if n not in theirs and not n.endswith("_1d")]
-        odd += [n for n, sign in _signs(opt).items() if theirs.get(n, sign) != sign]
-        odd += [n for n in ("amsgrad", "maximize") if theirs.get(n)]
-        if "rules" not in theirs and "betas" in theirs:   # PyTorch's Adam, AdamW or RAdam
-            kin = adam_step if "amsgrad" in theirs else radam_step
-            if "lr" in opt.defaults and kin not in opt.rules: odd += ["rules"]
-        if odd: raise ValueError(f"state_dict is of another optimizer: look at {', '.join(odd)}")
+        if odd := _odd(opt, theirs): raise ValueError(
+            f"state_dict is of another optimizer: look at {', '.join(odd)}")
         _check_hypers(theirs)
-        groups.append({n: x for n, x in ours.items() if n != "params"} | theirs)
-        owners.update(zip(theirs["params"], ours["params"]))
-    always = {n for n, (when, _) in opt.kept.items() if when is None}
-    for i, state in saved["state"].items():
-        names = {n for n, m in state.items() if m is not None} - {"step"}
-        if i not in owners or names - opt.kept.keys() or state and always - names: raise ValueError(
-            f"state_dict remembers {sorted(names)} of parameter {i}: is it another optimizer's?")
-        for n in names:
-            theirs, ours = tuple(state[n].shape), tuple(owners[i].shape)
-            if theirs != ours: raise ValueError(
-                f"{n} is {theirs} in state_dict, its parameter {ours}")
-    return {**saved, "param_groups": groups + saved["param_groups"][len(groups):]}
+        groups.append(ours | theirs)
+        for i, p in zip(theirs["params"], ours["params"]):
+            state = {n: m for n, m in saved["state"].get(i, {}).items() if m is not None}
+            if state: memory[p] = _remembered(opt, p, state)
+    return groups, memory
+
+
+def _remembered(opt: Optimizer, p: Tensor, state: dict) -> dict:
+    "What opt keeps of p, out of a saved state and copied. Raises: ValueError."
+    kept = {n: m for n, m in state.items() if n != "step"}
+    odd = {n for n, m in kept.items() if n not in opt.kept or m.shape != p.shape}
+    if state.keys() != {"momentum_buffer"}:      # PyTorch's SGD and Muon count no steps
+        odd |= {"step", *(n for n, (when, _) in opt.kept.items() if not when)} - state.keys()
+    if odd: raise ValueError(f"{', '.join(sorted(odd))} of a parameter {tuple(p.shape)} does not "
+                             "fit in state_dict: is it of another model or optimizer?")
+    memory = {n: torch.empty_like(p, dtype=_wide_dtype(p)).copy_(m) for n, m in kept.items()}
+    return memory | {"step": int(state.get("step", 1))}
 
 # %% ../nbs/09_optimizers.ipynb #a6e89d61
 @elementwise
@@ -448,7 +447,7 @@ def newton_schulz(
 def muon_step(s: SimpleNamespace, h: SimpleNamespace) -> None:
     "m ← μ m + (1 - μ) g, p ← (1 - η λ) p - η r NS(m), r from the shape; vectors: as adamw."
     if s.p.ndim < 2:
-        h = SimpleNamespace(lr=h.lr*h.ratio_1d, betas=h.betas_1d, eps=h.eps_1d,
+        h = SimpleNamespace(lr=h.lr*h.ratio_1d, betas=(.9, .999), eps=1e-8,
                             weight_decay=h.weight_decay)
         for rule in (average, average_squares, decay, adam_step): rule(s, h)
         return
@@ -473,8 +472,6 @@ def muon(
     ns_steps: int = 5,         # iterations of newton_schulz
     adjust_lr_fn: str | None = None,  # "original" (√(rows/columns), at least 1), "match_rms_adamw"
     lr_1d: float = 3e-4,       # AdamW's rate for vectors while lr is as given; both move in ratio
-    betas_1d: tuple[float, float] = (.9, .999),  # AdamW's
-    eps_1d: float = 1e-8,      # AdamW's
 ) -> Optimizer:
     """Momentum with orthogonal steps; parameters of fewer than two dimensions follow AdamW.
     Raises: as Optimizer. Same as: torch.optim.Muon on matrices. Paper: Jordan et al. 2024."""
@@ -483,12 +480,10 @@ def muon(
     if not lr > 0: raise ValueError(f"lr is {lr}: give a rate above 0, which lr_1d can follow")
     return Optimizer(params, [], [muon_step], lr=lr, weight_decay=weight_decay, eps=eps,
                      momentum=momentum, nesterov=nesterov, ns_coefficients=ns_coefficients,
-                     ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, ratio_1d=float(lr_1d/lr),
-                     betas_1d=betas_1d, eps_1d=eps_1d)
+                     ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, ratio_1d=float(lr_1d/lr))
 
 # %% ../nbs/09a_fast_optimizers.ipynb #ee113e23
 from collections import defaultdict
-from itertools import chain
 
 # %% ../nbs/09a_fast_optimizers.ipynb #8b9ea531
 BLOCK = 2**18   # numbers in a run: p, g, m, v and a scratch of that size are 5 MB
@@ -497,17 +492,16 @@ BLOCK = 2**18   # numbers in a run: p, g, m, v and a scratch of that size are 5 
 def _flat_views(s: SimpleNamespace) -> dict[str, Tensor] | None:
     "All tensors as flat views in the order of memory; None if they are not laid out alike."
     tensors = {n: t for n, t in vars(s).items() if isinstance(t, Tensor)}
-    if not all(t.is_contiguous() for t in tensors.values()):   # channels_last, say: slowest first
+    if not s.p.is_contiguous():                 # channels_last, say: the slowest axis first
         order = sorted(range(s.p.ndim), key=s.p.stride, reverse=True)
         tensors = {n: t.permute(order) for n, t in tensors.items()}
-        if not all(t.is_contiguous() for t in tensors.values()): return None
+    if not all(t.is_contiguous() for t in tensors.values()): return None
     return {n: t.view(-1) for n, t in tensors.items()}
 
 
-def sliced(
-    parts: Iterable[SimpleNamespace],  # as one_by_one's
-) -> Iterator[SimpleNamespace]:        # of at most BLOCK numbers, where memory allows it
-    "Cut what is large into flat slices, so that every rule after the first finds them in cache."
+def sliced(parts: Iterable[SimpleNamespace]) -> Iterator[SimpleNamespace]:
+    """Cut what is large into flat slices of at most BLOCK numbers, where memory allows it, so that
+    every rule after the first finds them in cache."""
     for s in parts:
         flat = _flat_views(s) if s.p.numel() > BLOCK else None
         if flat is None: yield s; continue
@@ -515,33 +509,30 @@ def sliced(
             yield SimpleNamespace(**vars(s) | dict(zip(flat, block)))
 
 # %% ../nbs/09a_fast_optimizers.ipynb #d4cb31ab
-def joined(
-    parts: Iterable[SimpleNamespace],  # as one_by_one's
-) -> Iterator[SimpleNamespace]:        # flat
+def joined(parts: Iterable[SimpleNamespace]) -> Iterator[SimpleNamespace]:
     "Copy what is small into one flat run, and back after the rules: fewer calls, more copies."
-    crowds, seen = defaultdict(list), set()
+    crowds, alone, seen = defaultdict(list), [], set()
     for s in parts:
-        here = s.p.data_ptr()
-        flat = _flat_views(s) if s.p.numel() <= BLOCK and here not in seen else None
-        seen.add(here)
-        if flat is None: yield from one_by_one([s])
+        storage = s.p.untyped_storage().data_ptr()        # two parameters in one may overlap
+        flat = _flat_views(s) if s.p.numel() <= BLOCK and storage not in seen else None
+        seen.add(storage)
+        if flat is None: alone.append(s)
         else: crowds[s.p.device, s.p.dtype, s.step, s.fresh, tuple(flat)].append(flat)
-    for (_, _, step, fresh, _), crowd in crowds.items():
-        columns = {n: [flat[n] for flat in crowd] for n in crowd[0]}
+    for (_, _, step, fresh, names), crowd in crowds.items():
+        columns = {n: [flat[n] for flat in crowd] for n in names}
         run = {n: torch.cat(column) for n, column in columns.items()}
         yield from one_by_one([SimpleNamespace(**run, step=step, fresh=fresh)])
         sizes = [len(p) for p in columns["p"]]
         for n in columns.keys() - {"g"}: torch._foreach_copy_(columns[n], run[n].split(sizes))
+    yield from one_by_one(alone)
 
 # %% ../nbs/09a_fast_optimizers.ipynb #4a50cc17
-def runs(
-    parts: list[SimpleNamespace],  # as one_by_one's
-    rules: Iterable[Callable],     # unless all are elementwise, parts stay whole
-) -> Iterator[SimpleNamespace]:    # for the rules
-    "Hand out slices on a CPU, where memory is slow; joined ones on a GPU, where calls are."
-    if not all(getattr(rule, "elementwise", False) for rule in rules): return one_by_one(parts)
-    here = [s for s in parts if s.p.device.type == "cpu"]
-    return chain(one_by_one(sliced(here)), joined(s for s in parts if s.p.device.type != "cpu"))
+def runs(parts: list[SimpleNamespace], rules: Iterable[Callable]) -> Iterator[SimpleNamespace]:
+    "Slices on a CPU, joined ones on a GPU; whole parameters, unless all rules are elementwise."
+    if all(getattr(rule, "elementwise", False) for rule in rules):
+        yield from one_by_one(sliced(s for s in parts if s.p.device.type == "cpu"))
+        yield from joined(s for s in parts if s.p.device.type != "cpu")
+    else: yield from one_by_one(parts)
 
 
 Optimizer.hand_out = staticmethod(runs)    # from here on, all optimizers are fast

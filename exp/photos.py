@@ -12,9 +12,8 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -45,14 +44,14 @@ def open_rgb(
     path: str | os.PathLike,     # a photo in any format that Pillow reads
     at_least: int | None = None,  # a large JPEG may come smaller, its short side so many pixels
 ) -> Image.Image:                # RGB, turned upright as its EXIF note says
-    "Open a photo. Raises: FileNotFoundError; BadPhoto, which names the file."
+    "Open a photo. Raises: BadPhoto, which names the file; OSError if the system does not give it."
     try:
         with Image.open(path) as im:
             if at_least: im.draft("RGB", (at_least, at_least))
             im.load()
             return _as_rgb(_upright(im))
-    except (FileNotFoundError, PermissionError, MemoryError): raise
     except Exception as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None): raise
         why = error if os.path.getsize(path) else "it is empty"
         raise BadPhoto(f"{os.fspath(path)!r} cannot be read as a photo ({why}): replace it or "
                        "remove it, or load with on_error='skip'") from error
@@ -61,16 +60,16 @@ def open_rgb(
 def _upright(im: Image.Image) -> Image.Image:
     "Turned as the photo's note says; a note that is damaged says nothing."
     try: return ImageOps.exif_transpose(im)
+    except MemoryError: raise
     except Exception: return im
 
 
 def _as_rgb(im: Image.Image) -> Image.Image:
     "Three bytes a pixel, whatever the file held; transparency is dropped."
-    if im.mode == "F": raise ValueError("its pixels are floats: scale them to bytes first")
-    if im.mode.startswith("I"):
-        pixels = np.asarray(im).astype(np.int64)
-        if im.mode != "I" or pixels.max() > 255: pixels >>= 8     # 16 bits: keep the upper 8
-        im = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    if im.mode == "F" or im.mode == "I" and not 255 < im.getextrema()[1] < 65536:
+        raise ValueError("its numbers are neither bytes nor 16 bits: scale them to bytes first")
+    if im.mode[0] == "I":                             # 16 bits: keep the upper 8
+        im = Image.fromarray((np.asarray(im) >> 8).clip(0, 255).astype(np.uint8))
     if im.mode == "P": im = im.convert("RGBA")
     return im if im.mode == "RGB" else im.convert("RGB")
 
@@ -82,7 +81,7 @@ def to_byte(
     if isinstance(im, Tensor): return im
     pixels = np.array(im)
     if pixels.dtype != np.uint8 or im.mode == "P":
-        raise TypeError(f"a photo of mode {im.mode} has no bytes to take: use open_rgb")
+        raise TypeError(f"{im!r:.60} has no bytes of pixels to take: open it with open_rgb")
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
@@ -120,7 +119,7 @@ class Resize(Transform):
         self,
         size: int | tuple[int, int],  # pixels, or (height, width)
         crop: bool = True,            # keep the proportions, and cut off what is too much?
-    ): self.size, self.crop = (size, size) if isinstance(size, int) else tuple(size), crop
+    ): self.size, self.crop = (size, size) if np.ndim(size) == 0 else tuple(size), crop
 
     def __call__(self, x, generator: torch.Generator | None = None) -> Tensor:
         x = to_byte(x)
@@ -190,6 +189,9 @@ def _plain_jpeg(content: bytes) -> np.ndarray | None:
     except ValueError: return None
 
 # %% ../nbs/08a_photos.ipynb #c4676ed8
+_DECODER = f"2, Pillow {Image.__version__}"  # raise the number when other pixels come out
+
+
 def _stamp(file: str) -> str:
     "What changes when a photo does."
     try: stat = os.stat(file)
@@ -200,12 +202,11 @@ def _stamp(file: str) -> str:
 def _sweep(folder: Path) -> None:
     "Remove what builders left that were killed a day ago or earlier."
     for part in folder.glob("*.part"):
-        try:
+        with suppress(OSError):             # another builder was quicker
             if time.time() - part.stat().st_mtime > 86400: part.unlink()
-        except OSError: pass                # another builder was quicker
 
 # %% ../nbs/08a_photos.ipynb #5674be9c
-class PhotoCache(Transform):
+class PhotoCache:
     """Decoded photos in one memory-mapped file, made at the first use: cache(path) is a tensor.
     The file is built beside and renamed when whole, and built anew when a photo, the list or the
     size has changed. A photo that is not in it, or was bad, is opened as ever."""
@@ -216,22 +217,17 @@ class PhotoCache(Transform):
         folder: str | os.PathLike | None = None,  # for the file; None: where `fetch` keeps sets
     ):
         self.files, self.size = [os.path.abspath(f) for f in files], size
-        name = hashlib.sha256("\n".join([str(size), *self.files]).encode(errors="surrogateescape"))
         folder = cache_folder()/"decoded" if folder is None else Path(folder)
-        self.file = folder/f"{name.hexdigest()[:24]}.photos"
-        self._open()
-
-    def _open(self) -> None:
-        "Map the file; build it first, where it is missing, stale or torn."
+        name = "\n".join([_DECODER, str(size), *self.files]).encode(errors="surrogateescape")
+        self.file = folder/f"{hashlib.sha256(name).hexdigest()[:24]}.photos"
         stamp = "\n".join(map(_stamp, self.files)).encode()
-        if not self._read(stamp):
+        if not self._read(stamp):           # missing, stale or torn
             self._build(stamp)
             if not self._read(stamp): raise OSError(f"{self.file} cannot be mapped, or another "
                                                     "process changed it: choose another folder")
 
-    def __deepcopy__(self, memo: dict) -> "PhotoCache": return self     # it never changes
-    def __getstate__(self) -> dict: return {k: vars(self)[k] for k in ("files", "size", "file")}
-    def __setstate__(self, state: dict) -> None: vars(self).update(state); self._open()
+    def __reduce__(self) -> tuple: return PhotoCache, (self.files, self.size, self.file.parent)
+    def __len__(self) -> int: return len(self.files)
 
     def _read(self, stamp: bytes) -> bool:
         "Map the pixels, read where each photo lies. Is all as it was sealed?"
@@ -245,29 +241,25 @@ class PhotoCache(Transform):
         return 3*(places[:, 1]*places[:, 2]).sum() == len(content) - end
 
     def _build(self, stamp: bytes) -> None:
-        "Write beside, then rename: under its own name a cache is whole."
+        """All pixels, then the index, then a seal over it and over what it was made of; written
+        beside, then renamed: under its own name a cache is whole."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         _sweep(self.file.parent)
-        part = self.file.with_suffix(f".{uuid4().hex}.part")
+        part, places = self.file.with_suffix(f".{os.urandom(8).hex()}.part"), []
         try:
-            with open(part, "wb") as f: self._write(f, stamp)
+            with open(part, "wb") as f:
+                for pixels in thread_map(self._decode_or_none, self.files, cpus()):
+                    places.append((f.tell(), *pixels.shape[:2]))
+                    f.write(pixels)
+                index = np.array(places, "<i8").tobytes()
+                f.write(index + hashlib.sha256(stamp + index).digest())
+                f.flush()
+                os.fsync(f.fileno())
             os.replace(part, self.file)
         except OSError as error:
-            error.add_note(f"{len(self):,} decoded photos need room in {self.file.parent}: make "
-                           "room, choose a smaller size or another folder, or use no cache")
+            error.add_note(f"make room in {self.file.parent}, or choose a smaller size or folder")
             raise
         finally: part.unlink(missing_ok=True)
-
-    def _write(self, f: BinaryIO, stamp: bytes) -> None:
-        "All pixels, then the index, then a seal over it and over what it was made of."
-        places = []
-        for pixels in thread_map(self._decode_or_none, self.files, cpus()):
-            places.append((f.tell(), *pixels.shape[:2]))
-            f.write(pixels)
-        index = np.array(places, "<i8").tobytes()
-        f.write(index + hashlib.sha256(stamp + index).digest())
-        f.flush()
-        os.fsync(f.fileno())
 
     def _decode(self, file) -> np.ndarray:
         "Pixels (h, w, 3), the short side at most `size` of them."
@@ -282,10 +274,8 @@ class PhotoCache(Transform):
         try: return self._decode(file)
         except (BadPhoto, OSError): return np.empty((0, 0, 3), np.uint8)
 
-    def __len__(self) -> int: return len(self.files)
-
-    def __call__(self, path, generator: torch.Generator | None = None) -> Tensor:
-        "A photo, (3, h, w) uint8: a copy, to do with as one likes. Raises: BadPhoto."
+    def __call__(self, path: str | os.PathLike) -> Tensor:
+        "A photo, (3, h, w) uint8: a copy, to do with as one likes. Raises: as `open_rgb`."
         offset, h, w = self._places.get(os.path.abspath(path)) or (0, 0, 0)
         stored = self._pixels[offset:offset + 3*h*w].reshape(h, w, 3)
         return torch.from_numpy(stored.copy() if h else self._decode(path)).permute(2, 0, 1)

@@ -19,6 +19,7 @@ if TYPE_CHECKING: from matplotlib.axes import Axes
 # %% ../nbs/00b_plots.ipynb #248096d3
 def _drawable(im: ArrayLike) -> np.ndarray:  # (h, w) or (h, w, 3|4), float32 in [0, 1]
     "An image in the layout and range that Matplotlib draws, its values not stretched."
+    if getattr(im, "mode", "") in ("P", "CMYK", "LA"): im = im.convert("RGB")   # Pillow's others
     x = (im if isinstance(im, Tensor) else torch.from_numpy(np.array(im))).detach().cpu()
     shape, whole = tuple(x.shape), not (x.is_floating_point() or x.dtype == torch.bool)
     if x.ndim == 3 and shape[0] in (1, 3, 4): x = x.permute(1, 2, 0)   # PyTorch's layout
@@ -26,7 +27,7 @@ def _drawable(im: ArrayLike) -> np.ndarray:  # (h, w) or (h, w, 3|4), float32 in
     fits = x.numel() and (x.ndim == 2 or x.ndim == 3 and x.shape[-1] in (3, 4))
     if not fits: raise ValueError(f"an image is (h, w), (1|3|4, h, w), (h, w, 1|3|4), not {shape}")
     x = x.float()/255 if whole else x.float()
-    if x.max() > (1 if whole else 16): raise ValueError(
+    if (x > (1 if whole else 16)).any(): raise ValueError(
         "an image has bytes, or floats in [0, 1], but this one is brighter: divide it first")
     return x.clamp(0, 1).numpy()
 
@@ -117,7 +118,7 @@ def plot_lines(
     for i, (label, y) in enumerate(ys.items()):
         rows = _rows(y)
         n = rows.shape[1]
-        xs = np.arange(n) if x is None else _rows(x)[0]
+        xs, = [np.arange(n)] if x is None else _rows(x)
         if not 0 < n == len(xs): raise ValueError(f"{label!r} has {n} points but x has {len(xs)}")
         mean, color = rows.mean(0), PALETTE[i % len(PALETTE)]
         ax.plot(xs, mean, color=color, label=label)

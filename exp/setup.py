@@ -7,6 +7,7 @@ __all__ = ['set_seed', 'default_device', 'scale', 'at_scale', 'device_name', 've
            'checker', 'check_numbers']
 
 # %% ../nbs/00_setup.ipynb #4b6efe59
+import operator
 import os
 import platform
 import random
@@ -18,12 +19,13 @@ import torch
 
 # %% ../nbs/00_setup.ipynb #7cedd9d9
 def set_seed(
-    seed: int = 42,  # any whole number in [0, 2**32)
+    seed: int = 42,  # any whole number in [0, 2**32), NumPy's and PyTorch's too
 ) -> None:
     """Seed NumPy's, Python's and PyTorch's random numbers, on every device.
 
-    Raises: ValueError on a seed outside [0, 2**32)."""
-    np.random.seed(seed)  # first, since it refuses more seeds than the others
+    Raises: ValueError on a seed outside [0, 2**32); TypeError on one that is not whole."""
+    seed = operator.index(seed)     # no 1.5, which one of the three would round
+    np.random.seed(seed)            # first, since it refuses more seeds than the others
     random.seed(seed)
     torch.manual_seed(seed)
 

@@ -6,6 +6,7 @@
 __all__ = ['test_like', 'Table', 'table', 'race', 'result_text', 'results_table', 'best_rate', 'record']
 
 # %% ../nbs/00c_testing.ipynb #8ae92c44
+import copy
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from .datasets import source_of
 from .setup import at_scale, device_name, scale
 
 # %% ../nbs/00c_testing.ipynb #fa2f54f2
-def _as_tensor(x, like: Tensor | None = None) -> Tensor:
+def _as_tensor(x: object, like: Tensor | None = None) -> Tensor:
     "What came in as a tensor; Python's numbers in the dtype of `like`, where it can hold them."
     if torch.is_tensor(x): return x.detach()
     try: plain = torch.tensor(np.array(x, order="C"))
@@ -44,7 +45,7 @@ def _as_tensor(x, like: Tensor | None = None) -> Tensor:
     return cast if rounds or torch.equal(cast.to(plain), plain) else plain
 
 # %% ../nbs/00c_testing.ipynb #2dd4463b
-def _leaves(actual, expected, where: str = "") -> Iterator[tuple[Tensor, Tensor, str]]:
+def _leaves(actual: object, expected: object, where: str = "") -> Iterator[tuple]:
     "Walk two structures side by side: each pair of tensors, and the place it stands at."
     sides = actual, expected
     if all(isinstance(x, (list, tuple)) for x in sides): sides = [dict(enumerate(x)) for x in sides]
@@ -150,7 +151,14 @@ def _measure(funcs: dict, args: tuple, firsts: dict, repeats: int | None, budget
     return times, steady
 
 # %% ../nbs/00c_testing.ipynb #c1556f65
-def _largest_error(result, check, **tolerances) -> float:
+def _snapshot(x: object) -> object:
+    "A copy, which no later call can change: a version may write into a buffer of its own."
+    if isinstance(x, (list, tuple)): return [_snapshot(part) for part in x]
+    if isinstance(x, dict): return {key: _snapshot(part) for key, part in x.items()}
+    return x.detach().clone() if torch.is_tensor(x) else copy.copy(x)
+
+
+def _largest_error(result: object, check: object, **tolerances) -> float:
     "Hold a result against the right answer; a float64 answer judges every precision."
     floats = all(torch.is_tensor(x) and x.is_floating_point() for x in (result, check))
     rounded = check.to(result.dtype) if floats and check.dtype == torch.float64 else check
@@ -158,6 +166,22 @@ def _largest_error(result, check, **tolerances) -> float:
     wide = [(a.cpu().to(torch.complex128), e.cpu().to(torch.complex128))
             for a, e, _ in _leaves(result, check) if a.numel()]
     return max(((a - e).abs().nan_to_num(0.).max().item() for a, e in wide), default=0.)
+
+
+def _first_calls(funcs: dict, args: tuple, check: object, **tolerances) -> tuple[dict, dict]:
+    "Seconds and error of each version's first call, judged before the next version is called."
+    firsts, errors = {}, dict.fromkeys(funcs)
+    if callable(check): check = check(*args)
+    for name, func in funcs.items():
+        start = time.perf_counter()
+        result = func(*args)
+        _sync()
+        firsts[name] = time.perf_counter() - start
+        if check is None: check = _snapshot(result)
+        if check is False: continue
+        try: errors[name] = _largest_error(result, check, **tolerances)
+        except AssertionError as error: raise AssertionError(f"version {name!r}: {error}") from None
+    return firsts, errors
 
 # %% ../nbs/00c_testing.ipynb #050b0e8d
 def race(
@@ -179,16 +203,7 @@ def race(
     If `check` is a float64 tensor, versions of any float dtype may race, and errors are against it.
     Raises: AssertionError naming the version that is wrong.
     """
-    results, firsts, errors = {}, {}, dict.fromkeys(funcs)
-    for name, func in funcs.items():
-        start = time.perf_counter(); results[name] = func(*args); _sync()
-        firsts[name] = time.perf_counter() - start
-    if callable(check): check = check(*args)
-    elif check is None: check = results[next(iter(funcs))]
-    for name in funcs if check is not False else ():
-        try: errors[name] = _largest_error(results[name], check, rtol=rtol, atol=atol)
-        except AssertionError as error: raise AssertionError(f"version {name!r}: {error}") from None
-
+    firsts, errors = _first_calls(funcs, args, check, rtol=rtol, atol=atol)
     times, steady = _measure(funcs, args, firsts, repeats, budget)
     median = {name: statistics.median(ts) for name, ts in times.items()}
     base = median[baseline] if baseline else max(median.values())
@@ -202,7 +217,7 @@ def result_text(
 ) -> str:          # '87.91 ± 0.21 %'
     "Mean ± sample sd and unit, to two digits of the sd; a lone value to four digits."
     mean, sd = result["mean"], result["sd"]
-    size = sd/10 if sd else abs(mean)/1000
+    size = sd/10 if sd and sd > 1e-12*abs(mean) else abs(mean)/1000    # less is only rounding
     digits = -math.floor(math.log10(size)) if size else 0
     numbers = [f"{round(x, digits):,.{max(0, digits)}f}" for x in (mean, sd) if x is not None]
     return f"{' ± '.join(numbers)} {result['unit']}".strip()
@@ -258,11 +273,11 @@ def best_rate(
     While the best rate is the smallest or the largest one tried, the next beyond it is tried too,
     in the steps of the grid. What diverges is worst; of equals the one nearest the middle counts.
     Warns: RuntimeWarning if the best still is an edge after `limit` more, and `at_edge` is True.
-    Raises: ValueError for a grid without two different positive numbers.
+    Raises: ValueError for a grid without two different positive numbers, or without a seed.
     """
-    rates = sorted({float(rate) for rate in grid})
-    if len(rates) < 2 or not 0 < rates[0] < rates[-1] < math.inf:
-        raise ValueError(f"grid is {grid}: give two or more different positive numbers")
+    rates, seeds = sorted({float(rate) for rate in grid}), list(seeds)
+    if not seeds or len(rates) < 2 or not 0 < rates[0] < rates[-1] < math.inf: raise ValueError(
+        f"grid {rates}, seeds {seeds}: give two or more different positive numbers, and a seed")
 
     def badness(i: int) -> tuple:
         mean, n = rows[i]["mean"], len(rows)
@@ -333,7 +348,7 @@ def record(
     """
     values, seconds = (np.atleast_1d(np.asarray(x, dtype=float)) for x in (values, seconds))
     whole = values.ndim == 1 and len(values) and np.isfinite([*values, *seconds]).all()
-    if not whole or len(seeds) not in (0, len(values)):
+    if not (whole and len(seeds) in (0, values.size) and len(seconds) in (0, 1, values.size)):
         raise ValueError(f"values {values}, seconds {seconds}, seeds {seeds}: give a finite number "
                          "per run, and a seed for each or none; a failed run is no result")
     root = Path(find_spec("exp").origin).resolve().parents[1]
@@ -347,7 +362,7 @@ def record(
         **_code_version(root), date=datetime.now(UTC).date().isoformat(), **extra)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False,
                       default=lambda x: x.tolist())
-    name = "-".join(re.sub(r"[^a-z0-9_]+", "-", word.lower()).strip("-")[:80]
+    name = "-".join(re.sub(r"[\W²³]+", "-", word.lower()).strip("-")
                     for word in (lesson, what, scale()))
     _keep(f"{name}.json", text + "\n", folder, root)
     return json.loads(text)

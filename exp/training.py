@@ -33,7 +33,7 @@ def log_softmax(
 # %% ../nbs/04_training_loop.ipynb #db7d330e
 def _check_targets(scores: Tensor, targets: Tensor) -> None:
     "Anything else would broadcast, or be cut, to a number that means nothing."
-    want = scores.shape[:1] + scores.shape[2:]
+    want = scores[:, 0].shape
     if targets.shape != want: raise ValueError(
         f"targets has shape {tuple(targets.shape)}, the scores {tuple(scores.shape)}: give classes "
         f"{tuple(want)} (squeeze targets, or argmax one-hot rows)")
@@ -48,8 +48,7 @@ def nll(
     RuntimeError for a class that is not there. Same as: F.nll_loss, without its ignore_index.
     """
     _check_targets(logp, targets)
-    if targets.is_floating_point(): raise TypeError(
-        f"targets is {targets.dtype}: class numbers are integers, targets.long()")
+    if targets.is_floating_point(): raise TypeError(f"targets is {targets.dtype}: use .long()")
     return -logp.gather(1, targets.long()[:, None]).mean()
 
 
@@ -66,24 +65,20 @@ def accuracy(
     targets: Tensor,  # class numbers, (bs, …), any integer dtype
 ) -> Tensor:          # share of targets whose class has the largest score, float32 ()
     "How often the highest score is the right one. Raises: ValueError for shapes that do not fit."
+    if logits.dim() < 2 or logits.shape[1] < 2: raise ValueError(
+        f"logits has shape {tuple(logits.shape)}: one score has no largest; compare logits > 0")
     _check_targets(logits, targets)
-    if logits.shape[1] < 2: raise ValueError(f"logits has shape {tuple(logits.shape)}: one score "
-                                             "has no largest; compare logits > 0 with targets")
     return (logits.argmax(1) == targets).float().mean()
 
 # %% ../nbs/04_training_loop.ipynb #2283369b
 class Parameter(Tensor):
-    """A tensor that a Module owns and an optimizer may change.
+    """A tensor that a Module owns and an optimizer may change. It shares the data that it is given.
     Same as: nn.Parameter, and PyTorch's modules take it for one.
     """
     _is_param = True   # the badge that nn.Module looks for
     __torch_function__ = torch._C._disabled_torch_function_impl   # results are plain tensors
 
-    def __new__(
-        cls,
-        data: Tensor,                # shared, not copied
-        requires_grad: bool = True,  # shall it be trained?
-    ):
+    def __new__(cls, data: Tensor, requires_grad: bool = True):
         return data.detach().as_subclass(cls).requires_grad_(requires_grad)
 
     def __deepcopy__(self, memo: dict):
@@ -102,12 +97,8 @@ class Module:
 
     def __call__(self, *args, **kwargs): return self.forward(*args, **kwargs)
 
-    def register_buffer(
-        self,
-        name: str,       # the attribute to be
-        tensor: Tensor,  # part of the state, but not trained
-    ) -> None:
-        "Keep a tensor that no gradient changes, such as a running mean."
+    def register_buffer(self, name: str, tensor: Tensor) -> None:
+        "Keep a tensor as self.name that no gradient changes, such as a running mean."
         self._buffer_names += (name,)
         setattr(self, name, tensor)
 
@@ -126,12 +117,8 @@ class Module:
         yield self
         for _, child in self.named_children(): yield from child.modules()
 
-    def state_dict(
-        self, *,
-        prefix: str = "",         # put before every name
-        keep_vars: bool = False,  # the things themselves, not detached?
-    ) -> dict[str, Tensor]:
-        "Every parameter, then buffer, by its dotted name."
+    def state_dict(self, *, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
+        "Every parameter, then buffer, by prefix and dotted name; detached, unless keep_vars."
         own = {k: v for k, v in vars(self).items() if isinstance(v, nn.Parameter)}
         own |= {k: getattr(self, k) for k in self._buffer_names}
         state = {prefix + k: v if keep_vars else v.detach() for k, v in own.items()}
@@ -139,12 +126,10 @@ class Module:
             state |= child.state_dict(prefix=f"{prefix}{name}.", keep_vars=keep_vars)
         return state
 
-    def load_state_dict(
-        self,
-        state_dict: dict[str, Tensor],  # values by name
-        strict: bool = True,            # must the names be the same?
-    ) -> tuple[list[str], list[str]]:   # missing and unexpected names
-        "Copy values in by name. Raises: ValueError for what does not fit; nothing changes then."
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> tuple:
+        """Copy values in by name; give the missing and the unexpected names, if not strict.
+        Raises: ValueError for what does not fit; nothing changes then.
+        """
         own = self.state_dict(keep_vars=True)
         missing = [k for k in own if k not in state_dict]
         unexpected = [k for k in state_dict if k not in own]
@@ -164,11 +149,8 @@ class Module:
 
     def parameters(self) -> Iterator[Tensor]: return (p for _, p in self.named_parameters())
 
-    def train(
-        self,
-        mode: bool = True,  # training, or evaluation?
-    ) -> "Module":          # itself
-        "Switch this layer and all below to a mode."
+    def train(self, mode: bool = True) -> "Module":
+        "Switch this layer and all below to training, or to evaluation; return it."
         for module in self.modules(): module.training = mode
         return self
 
@@ -192,7 +174,7 @@ class Module:
 
 # %% ../nbs/04_training_loop.ipynb #0f75b106
 class Linear(Module):
-    "x @ weight.T + bias, both drawn from ±1/√ni. Same as: nn.Linear, seed for seed."
+    "x (…, ni) @ weight.T + bias, both drawn from ±1/√ni. Same as: nn.Linear, seed for seed."
     def __init__(
         self,
         ni: int,            # numbers per input row
@@ -203,11 +185,7 @@ class Linear(Module):
         self.weight = Parameter(kaiming_uniform_(torch.empty(nf, ni), a=5**.5))
         self.bias = Parameter(torch.empty(nf).uniform_(-ni**-.5, ni**-.5)) if bias else None
 
-    def forward(
-        self,
-        x: Tensor,   # (…, ni)
-    ) -> Tensor:     # (…, nf)
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor: return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         nf, bias = self.out_features, self.bias is not None
@@ -220,9 +198,12 @@ class ReLU(Module):
 
 
 class Sequential(Module):
-    "Layers one after the other, named '0', '1', …; index or slice it. Same as: nn.Sequential."
+    """Layers one after the other, named '0', '1', …; index or slice it. Same as: nn.Sequential.
+    Raises: TypeError for what is no layer.
+    """
     def __init__(self, *layers: Module):
-        for i, layer in enumerate(layers): setattr(self, str(i), layer)
+        vars(self).update({str(i): layer for i, layer in enumerate(layers)})
+        if len(self) < len(layers): raise TypeError(f"not only layers, made by calling: {layers}")
 
     def __iter__(self) -> Iterator[Module]: return (layer for _, layer in self.named_children())
     def __len__(self) -> int: return sum(1 for _ in self)
@@ -251,11 +232,10 @@ class SGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(
-        self,
-        closure: Callable | None = None,  # computes the loss anew, with its gradients
-    ) -> Tensor | None:                   # that loss
-        "Move every parameter against its gradient; one without a gradient stays."
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        """Move every parameter against its gradient; one without a gradient stays.
+        A closure computes the loss anew, with its gradients; it is returned.
+        """
         loss = closure and torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in group["params"]:

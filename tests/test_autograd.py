@@ -42,6 +42,8 @@ def both(func, *arrays, torch_func=None, rtol=1e-10, atol=1e-12):
 
 
 CASES = {
+    "0-d times a vector": (lambda a, b: a*b - b/a, positive(), normal(3)), "0-d index": (lambda a: a[()]*a[...]*a[None], normal()),
+    "0-d power": (lambda a, b: a**b, positive(), normal()), "one in all": (lambda a: a.sum((0, 1)) + a.mean(-1).sum(), normal(1, 1)),
     "add": (lambda a, b: a + b, normal(2, 3), normal(3)), "add number": (lambda a: 1 + a + 2., normal(3)),
     "subtract": (lambda a, b: a - b, normal(2, 1), normal(1, 3)), "subtract from": (lambda a: 1 - a - 2, normal(3)),
     "multiply": (lambda a, b: a*b, normal(4, 1, 3), normal(2, 1)), "multiply number": (lambda a: 2*a*3., normal(3)),
@@ -392,6 +394,19 @@ def test_changing_a_saved_array_is_refused(name):
     (y if what == "result" else a).data.add_(1)
     with pytest.raises(RuntimeError, match="needs an array .* that was changed in place"): (y.sum() + bystander).backward()
     assert a.grad is None and bystander.grad is None      # refused before anything was delivered
+
+
+@pytest.mark.parametrize("keep", [list, tuple, lambda arrays: arrays[0], lambda arrays: (lambda g: g*arrays[0])])
+def test_a_rule_may_keep_its_arrays_in_any_of_these(keep):
+    @taped
+    def square(a):
+        held = keep([a*2])
+        def vjp(g): return held(g) if callable(held) and not torch.is_tensor(held) else g*(held if torch.is_tensor(held) else held[0])
+        return a*a, vjp
+    a = Tensor([1., 2.], True)
+    y = square(a)
+    assert tape_size(y)[1] == 8
+    y.sum().backward(); test_like(a.grad, [2., 4.])
 
 
 def test_changing_an_index_is_refused():

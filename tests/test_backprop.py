@@ -356,6 +356,8 @@ FAULTS = {
     "fd strides": (lambda: finite_difference_grad(torch.sum, rand(2, 3).double().T), ValueError, r"strides \(1, 3\)"),
     "mlp odd": (lambda: mlp(init_mlp()[:3]), ValueError, "shorter"),
     "train lengths": (lambda: train_mlp(engine, init_mlp((4, 3, 2)), rand(5, 4), torch.zeros(6).long()), ValueError, "x has 5 examples, y 6"),
+    "train, a gradient that would be stretched": (lambda: train_mlp(lambda p, x, y: (0., [p[0], p[1].sum(), *p[2:]]), init_mlp((4, 3, 2)), rand(5, 4), torch.zeros(5)),
+                                                  ValueError, r"a gradient is \(\), its parameter \(3,\)"),
     "train forgets a gradient": (lambda: train_mlp(lambda p, x, y: (0., [p[0]]), init_mlp((4, 3, 2)), rand(5, 4), torch.zeros(5)), ValueError, "zip"),
 }
 

@@ -1,6 +1,7 @@
 "exp.callbacks: accumulation, clipping, averages, stopping, logging, and what a NaN is explained with."
 import copy
 import csv
+import pickle
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from exp import callbacks as C
 from exp import learner as L
 from exp.checkpoints import SaveCheckpoint
-from exp.learner import Progress
+from exp.learner import Progress, read_checkpoint
 from exp.training import accuracy
 
 
@@ -33,16 +34,106 @@ def scripted(values, cb, name="score", **kwargs):
 
 # --- gradients -------------------------------------------------------------------------------------------------------------
 
-@given(st.integers(1, 6), st.integers(3, 17))
-def test_accumulation_equals_the_large_batch(n, bs):
-    x, y = data(37)
-    pieces = [(x[i:i+bs], y[i:i+bs]) for i in range(0, 37, bs)]
-    groups = [pieces[i:i+n] for i in range(0, len(pieces), n)]
-    whole = [tuple(map(torch.cat, zip(*g))) for g in groups]
-    small, large = make([C.GradientAccumulation(n)], L.DataLoaders(pieces)), make(dls=L.DataLoaders(whole))
-    small.fit(2); large.fit(2)
-    for a, b in zip(weights(small), weights(large)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert small.history[-1]["train_loss"] == pytest.approx(large.history[-1]["train_loss"], rel=1e-2)
+class Cut(L.Callback):
+    "Cancels these batches at these events, and skips these steps."
+    def __init__(self, cancels=(), skips=(), error=L.CancelBatch):
+        self.cancels, self.skips, self.error, self.steps = dict(cancels), skips, error, 0
+    def _at(self, learn, event):
+        if learn.training and self.cancels.get(learn.batch) == event: raise self.error
+    def after_pred(self, learn): self._at(learn, "after_pred")
+    def after_loss(self, learn): self._at(learn, "after_loss")
+    def after_backward(self, learn): self._at(learn, "after_backward")
+    def before_step(self, learn):
+        learn.skip_step = self.steps in self.skips
+        self.steps += 1
+
+
+EVENTS = ("after_pred", "after_loss", "after_backward")
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4), st.dictionaries(st.integers(0, 7), st.sampled_from(EVENTS)), st.sets(st.integers(0, 5)))
+def test_accumulation_is_one_step_with_the_joint_batch(sizes, n, cancels, skips):
+    "Uneven batches, cancelled batches (before backward: not counted; after: the window is dropped), skipped steps, a short last window."
+    x, y = data(sum(sizes)); pieces = list(zip(x.double().split(sizes), y.split(sizes)))
+    momentum = partial(torch.optim.SGD, momentum=.9)
+    net = model().double(); by_hand = copy.deepcopy(net)
+    learn = make([Cut(cancels, skips), C.GradientAccumulation(n)], L.DataLoaders(pieces), net, opt_func=momentum)
+    learn.fit(2)
+    opt, steps = momentum(by_hand.parameters(), lr=.1), 0
+    def step(window):
+        nonlocal steps
+        xb, yb = map(torch.cat, zip(*window))
+        opt.zero_grad(); F.cross_entropy(by_hand(xb), yb).backward()
+        if steps not in skips: opt.step()
+        steps += 1; window.clear()
+    for _ in range(2):
+        window = []
+        for i, piece in enumerate(pieces):
+            if cancels.get(i) == "after_backward": window.clear()
+            elif i not in cancels:
+                window.append(piece)
+                if len(window) == n: step(window)
+        if window: step(window)
+    for a, b in zip(net.parameters(), by_hand.parameters()): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert all(p.grad is None for p in net.parameters()) and not learn.window and not learn.accumulating
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_accumulation_asks_no_length(length):
+    "A loader that is longer or shorter than its len() gives the same steps."
+    class Odd(list):
+        def __len__(self): return length
+    runs = []
+    for dl in (batches(40, 8), Odd(batches(40, 8))):
+        learn = make(C.GradientAccumulation(3), L.DataLoaders(dl)); learn.fit(2); runs.append(weights(learn))
+    assert equal(*runs)
+
+
+def test_a_second_loss_is_no_second_batch():
+    class Twice(L.Learner):
+        def train_batch(self):
+            for _ in range(2): self.backward(self.get_loss(self.forward(self.xb), self.yb))
+            self.step(); self.zero_grad()
+    class Windows(L.Callback):
+        def before_fit(self, learn): self.seen = []
+        def before_step(self, learn): self.seen.append([*learn.window])
+    windows = Windows()
+    Twice(model(), L.DataLoaders(batches()), F.cross_entropy, lr=.1, cbs=[C.GradientAccumulation(2), windows], quiet=True, device="cpu").fit(1)
+    assert windows.seen == [[16, 16], [8]]
+
+
+class Alternate(L.Learner):
+    "Each optimizer steps by itself, one after the other."
+    def train_batch(self):
+        for opt in self.opts.values():
+            self.backward(self.get_loss(self.forward(self.xb), self.yb))
+            self.step(opt)
+            self.zero_grad()
+
+
+def two_opts(params, lr): return {"body": torch.optim.SGD(params[:2], lr), "head": torch.optim.SGD(params[2:], lr)}
+def alternate(cbs): return Alternate(model(), L.DataLoaders(batches(), batches(24)), F.cross_entropy, two_opts, .1, cbs, quiet=True, device="cpu")
+
+
+def test_several_optimizers_accumulate_within_a_batch_only():
+    one, plain = alternate(C.GradientAccumulation(1)), alternate([])
+    one.fit(2); plain.fit(2)
+    for a, b in zip(weights(one), weights(plain)): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="step in turn"): alternate(C.GradientAccumulation(2)).fit(1)
+
+
+def test_one_of_a_kind_is_enough():
+    for cb in (C.EMA, C.GradientAccumulation):
+        with pytest.raises(ValueError, match=f"two {cb.__name__}s"): make([cb(.9 if cb is C.EMA else 2)]).fit(1, cbs=cb(.5 if cb is C.EMA else 3))
+
+
+def test_a_window_without_weight_is_no_nan():
+    class Nothing(L.Callback):
+        order = -30
+        def after_pred(self, learn): learn.weight = 0
+    learn = make([C.GradientAccumulation(2), Nothing()], L.DataLoaders(batches())); before = weights(learn)
+    learn.fit(1)
+    assert equal(before, weights(learn))
 
 
 class Grads(L.Callback):
@@ -82,6 +173,46 @@ def test_clip_takes_the_optimizers_parameters_and_may_find_none():
         def before_step(self, learn):
             for p in learn.model.parameters(): p.grad = None
     make([Freeze(), C.GradientClip(1.)]).fit(1)
+
+
+@pytest.mark.parametrize("bad", [0., float("inf"), -float("inf"), float("nan"), 1e30])
+def test_clip_of_what_cannot_be_clipped_is_pytorchs(bad):
+    net = nn.Linear(3, 2)
+    class Spoil(L.Callback):
+        order = -99
+        def before_step(self, learn): net.weight.grad[0, 1] = bad; net.bias.grad.fill_(bad and 1.)
+    keep, clip = Grads(), C.GradientClip(.5)
+    make([Spoil(), clip, keep], L.DataLoaders([(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))]), net, lr=0.).fit(1)
+    for p in net.parameters(): p.grad = torch.zeros_like(p)
+    net.weight.grad[0, 1] = bad; net.bias.grad.fill_(bad and 1.)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), .5)
+    torch.testing.assert_close(clip.norm, norm, equal_nan=True)
+    for a, p in zip(keep.grads, net.parameters()): torch.testing.assert_close(a, p.grad, equal_nan=True, rtol=1e-5, atol=1e-8)
+
+
+def test_clip_and_accumulation_take_sparse_gradients():
+    runs = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 2))
+        x, y = torch.randint(0, 9, (18, 2)), torch.randint(0, 2, (18,))
+        learn = make([C.GradientAccumulation(2), C.GradientClip(.1), grads := Grads()], L.DataLoaders([*zip(x.split(5), y.split(5))]), net)
+        learn.fit(2); runs.append((weights(learn), learn.cb(C.GradientClip).norm))
+        assert grads.grads[0].is_sparse == sparse
+    for a, b in zip(runs[0][0], runs[1][0]): torch.testing.assert_close(a, b)
+    torch.testing.assert_close(runs[0][1], runs[1][1])
+
+
+def test_each_optimizer_is_clipped_by_itself():
+    class Norms(L.Callback):
+        order = 99
+        def before_fit(self, learn): self.seen = []
+        def before_step(self, learn): self.seen.append((len(learn.params()), torch.stack([p.grad.norm() for p in learn.params()]).norm().item()))
+    norms = Norms()
+    alternate([C.GradientClip(.01), norms]).fit(1)
+    assert [n for n, _ in norms.seen] == [2]*6 and [norm for _, norm in norms.seen] == pytest.approx([.01]*6, rel=1e-3)
+    joint = Norms(); make([C.GradientClip(.01), joint], opt_func=two_opts).fit(1)
+    assert joint.seen == [(4, pytest.approx(.01, rel=1e-3))]*3
 
 
 # --- the recorder and the log -------------------------------------------------------------------------------------------------
@@ -127,6 +258,13 @@ def test_csv_log_after_resume_holds_each_epoch_once(tmp_path):
     assert [r["epoch"] for r in rows_of(tmp_path/"log.csv")] == list("0123")
 
 
+def test_csv_log_of_rows_between(tmp_path):
+    learn = make([C.CSVLogger(tmp_path/"deep"/"log.csv"), C.ValidateEvery(2)], L.DataLoaders(batches(40, 8), batches(24))); learn.fit(2)
+    rows = rows_of(tmp_path/"deep"/"log.csv")
+    assert [row["step"] for row in rows] == ["2", "4", "", "6", "8", ""]
+    for row, want in zip(rows, learn.history): assert {k: v for k, v in row.items() if v} == {k: str(v) for k, v in want.items()}
+
+
 # --- NaN -----------------------------------------------------------------------------------------------------------------------
 
 def test_nan_and_inf_stop_before_the_weights_are_spoilt():
@@ -153,6 +291,55 @@ def test_nan_is_traced_to_its_source():
     assert "yb holds NaN or infinity in row 0, 5" in why(dls=L.DataLoaders([(x, torch.where(torch.arange(16) % 5 == 0, float("nan"), 1.))]), loss_func=lambda p, y: (p[:, 0] - y).square().mean())
     with pytest.raises(FloatingPointError, match="the loss is nan at validation batch 0"):
         make([C.TerminateOnNaN()], loss_func=lambda p, y: F.cross_entropy(p, y)*float("nan")).validate()
+
+
+class Away(nn.Module):
+    "Makes NaN of what is finite; in a tuple, as recurrent layers do."
+    def forward(self, x, state=None): return x.log1p()*0 + (x*0 - 1).sqrt(), (x, x)
+
+
+class Net(nn.Module):
+    def __init__(self, kind):
+        super().__init__(); torch.manual_seed(0)
+        self.kind, self.first, self.last = kind, nn.Linear(6, 6), nn.Linear(6, 2)
+        self.rnn, self.norm = Away(), nn.BatchNorm1d(6)
+        if kind == "buffer": self.norm.running_var[2] = float("nan")
+    def forward(self, a=None, b=None):
+        x = self.first(a if b is None else a + b)
+        if self.kind == "tuple": x = self.rnn(x, state=None)[0]
+        if self.kind == "own": x = (x*0 - 1).log()
+        if self.kind == "buffer": x = self.norm(x)
+        return self.last(x)
+
+
+def explained(net, dls=None, call=lambda learn: learn.fit(1), **kwargs):
+    with pytest.raises(FloatingPointError) as caught: call(make(C.TerminateOnNaN(), dls, net, **kwargs))
+    return str(caught.value)
+
+
+def test_the_layer_named_is_the_one_that_did_it():
+    assert "Layer 'rnn' (Away) gives the first" in explained(Net("tuple"))
+    assert "The model itself (Net) gives the first" in explained(Net("own")), "not the layer that was handed a NaN"
+    words = explained(Net("buffer"), call=lambda learn: learn.validate())
+    assert "Layer 'norm' (BatchNorm1d) gives the first" in words and "its running_var is not finite" in words
+
+
+def test_bad_rows_of_several_inputs():
+    (x, y), good = batches(16)[0], torch.ones(16, 6)
+    broken = x.clone(); broken[9, 1] = float("inf"); broken[12] = float("nan")
+    for xb in ((good, broken), {"a": broken, "b": good}, [broken, broken]):
+        assert "xb holds NaN or infinity in row 9, 12:" in explained(Net("none"), L.DataLoaders([(xb, y)]))
+    assert "row 0, 1, 2, 3, 4, …:" in explained(Net("none"), L.DataLoaders([(x*float("nan"), y)]))
+
+
+def test_a_batch_of_nothing_is_blamed_on_the_loss():
+    assert "comes from loss_func" in explained(None, L.DataLoaders([(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))]))
+
+
+def test_a_model_that_cannot_be_copied_or_run_alone_is_said():
+    net = model(); net.extra = net[0].weight*1
+    words = explained(net, loss_func=lambda p, y: F.cross_entropy(p, y)*float("nan"))
+    assert "which layer it is could not be found out" in words and "the loss is nan" in words
 
 
 # --- best and patience -----------------------------------------------------------------------------------------------------------
@@ -189,6 +376,21 @@ def test_best_weights_come_back():
     assert equal(weights(learn), kept[1]) and not equal(kept[1], kept[-1])
 
 
+@pytest.mark.parametrize("error, caught", [(L.CancelFit(), None), (KeyboardInterrupt(), KeyboardInterrupt), (ZeroDivisionError(), ZeroDivisionError)])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_best_weights_come_back_however_it_ends_and_are_those_that_were_measured(error, caught, averaged):
+    kept, ema = [], C.EMA(.6)
+    class Keep(L.Callback):
+        order = 90
+        def after_epoch(self, learn): kept.append([x.clone() for x in ema.average.values()] if averaged else weights(learn))
+    learn = make([C.EarlyStopping("my_loss", patience=9, restore_best=True), Keep(), At("after_backward", raises(error), n=10), *[ema]*averaged],
+                 metrics=[Script([.3, .1, .2], "my_loss")])
+    if caught:
+        with pytest.raises(caught): learn.fit(9)
+    else: learn.fit(9)
+    assert equal(weights(learn), kept[1]) and len(learn.history) == 3 + (caught is None)
+
+
 def test_a_validation_inside_chooses_no_best(tmp_path):
     "Somebody measures on the test set in every epoch: 'best' is still of the validation set."
     test = batches(24, seed=5)
@@ -205,11 +407,43 @@ def test_a_validation_inside_chooses_no_best(tmp_path):
 def test_validate_every():
     learn = make([C.ValidateEvery(2), C.EarlyStopping(patience=50), C.Recorder()], L.DataLoaders(batches(40, 8), batches(24)), metrics=[accuracy])
     learn.fit(2)
-    assert [row.get("step") for row in learn.history] == [2, 4, None, 6, 8, 10, None] and all("accuracy" in row for row in learn.history)
+    assert [row.get("step") for row in learn.history] == [2, 4, None, 6, 8, None] and all("accuracy" in row for row in learn.history)
     calm = make(dls=learn.dls); calm.fit(2)
     assert equal(weights(calm), weights(learn)) and learn.cb(C.EarlyStopping).best == min(row["valid_loss"] for row in learn.history)
     stop = make([C.ValidateEvery(1), C.EarlyStopping("valid_loss", patience=1, min_delta=1e9)], learn.dls); stop.fit(3)
     assert len(stop.history) == 3 and stop.history[1]["step"] == 2, "stopped in the middle of the epoch"
+
+
+def test_patience_does_not_count_the_same_look_twice():
+    "The last step of an epoch is left to the epoch's own row, also in the step that flushes a window."
+    for cbs in ([C.ValidateEvery(3)], [C.ValidateEvery(2), C.GradientAccumulation(2)]):
+        learn = make([*cbs, C.EarlyStopping(patience=1)]); learn.fit(4)
+        assert len(learn.history) == 4 and all("step" not in row for row in learn.history)
+    with pytest.raises(ValueError, match="no validation loader"): make(C.ValidateEvery(3), L.DataLoaders(batches())).fit(1)
+
+
+def test_the_best_between_epochs_is_kept_as_it_was(tmp_path):
+    "ValidateEvery, EarlyStopping and SaveCheckpoint together: the best row's weights are those of its step."
+    seen = {}
+    class Keep(L.Callback):
+        order = 66
+        def after_step(self, learn): seen[learn.cb(C.ValidateEvery).steps] = weights(learn)
+    learn = make([C.ValidateEvery(2), Keep(), C.EarlyStopping("score", patience=2, restore_best=True), SaveCheckpoint(tmp_path, "score")],
+                 L.DataLoaders(batches(40, 8), batches(24)), metrics=[Script([.1, .2, .3, .9, .5, .4], "score")])
+    learn.fit(5)
+    assert [row.get("step") for row in learn.history] == [2, 4, None, 6, 8, None]
+    best = read_checkpoint(tmp_path/"best.pt")["model"]
+    assert equal(weights(learn), seen[6]) and equal([best[name] for name, _ in learn.model.named_parameters()], seen[6])
+
+
+def test_who_comes_in_the_middle_judges_no_old_row():
+    stop = C.EarlyStopping("valid_loss", restore_best=True)
+    learn = make([C.ValidateEvery(1)], L.DataLoaders(batches(40, 8), batches(24)))
+    learn.add_cb(At("after_backward", lambda learn: learn.add_cb(stop), n=7))        # in the third batch of epoch 1
+    judged = []
+    stop.judge = lambda learn, value: judged.append(value)
+    learn.fit(3)
+    assert judged == [row["valid_loss"] for row in learn.history if row["epoch"] == 2] and len(judged) == 5
 
 
 # --- EMA -------------------------------------------------------------------------------------------------------------------------
@@ -236,12 +470,107 @@ def test_validate_and_predict_see_the_average_and_training_does_not():
     assert equal(weights(plain), weights(with_ema)) and torch.equal(plain.model[1].running_mean, net[1].running_mean)
     twin = copy.deepcopy(net)
     with torch.no_grad():
-        for name, t in [*twin.named_parameters(), *twin.named_buffers()]: t.copy_(with_ema.cb(C.EMA).average[name])
+        for name, t in twin.named_parameters(): t.copy_(with_ema.cb(C.EMA).average[name])      # buffers are the model's own
     assert torch.allclose(with_ema.predict(), make(net=twin).predict(), atol=1e-7)
     assert with_ema.history[-1]["valid_loss"] == pytest.approx(make(net=twin).validate()["valid_loss"], rel=1e-6) != plain.history[-1]["valid_loss"]
     with_ema.add_cb(At("after_pred", raises(ZeroDivisionError()), mode="validate"))
     with pytest.raises(ZeroDivisionError): with_ema.validate()
     assert equal(weights(plain), weights(with_ema)), "given back after an error, too"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", [lambda learn: learn.validate(), lambda learn: learn.predict()])
+def test_the_average_goes_out_again_whatever_fails(call, error):
+    ema = C.EMA(.5); learn = make(ema); learn.fit(2)
+    own, average = weights(learn), [x.clone() for x in ema.average.values()]
+    for event in ("before_pass", "before_batch", "after_pred", "after_batch", "after_pass"):
+        for order in (-99, 99):
+            learn.add_cb(bad := At(event, raises(error()), mode=None, order=order))
+            with pytest.raises(error): call(learn)
+            learn.remove_cb(bad)
+            assert equal(own, weights(learn)) and ema.users == 0 and equal(average, [*ema.average.values()])
+
+
+def test_the_average_stays_in_while_passes_are_nested():
+    ema = C.EMA(.5); learn = make(ema); learn.fit(2)
+    own, average, x, inner = weights(learn), [x.clone() for x in ema.average.values()], torch.ones(2, 6), []
+    def look(learn):
+        inner.append(learn.predict(x))
+        assert equal(average, weights(learn))
+    looking = At("after_pred", look, mode="validate")
+    outer = learn.add_cb(looking).validate()
+    learn.remove_cb(looking)
+    assert equal(own, weights(learn)) and torch.equal(inner[0], learn.predict(x)) and outer == learn.validate()
+
+
+def test_looking_in_the_middle_of_a_batch_disturbs_no_training():
+    calm = make(C.EMA(.5)); calm.fit(2)
+    for event in ("before_batch", "after_pred", "after_loss", "after_backward", "before_step", "after_step", "after_batch"):
+        learn = make([C.EMA(.5), At(event, lambda learn: learn.validate(), n=2), At(event, lambda learn: learn.predict(), n=4)]); learn.fit(2)
+        assert equal(weights(calm), weights(learn)) and calm.history[-1]["valid_loss"] == learn.history[-1]["valid_loss"], event
+        assert equal([*calm.cb(C.EMA).average.values()], [*learn.cb(C.EMA).average.values()])
+
+
+def test_ema_with_two_optimizers_averages_after_each_taken_step():
+    seen, ema = [], C.EMA(.8)
+    class Keep(L.Callback):
+        order = 30
+        def before_step(self, learn): learn.skip_step = len(seen) == 3
+        def after_step(self, learn): seen.append((learn.stepped, weights(learn)))
+    learn = alternate([ema, Keep()]); want = weights(learn)
+    learn.fit(1)
+    for stepped, now in seen:
+        if stepped: want = [.8*a + .2*b for a, b in zip(want, now)]
+    assert [stepped for stepped, _ in seen] == [True]*3 + [False] + [True]*2
+    for a, b in zip(want, ema.average.values()): torch.testing.assert_close(a, b)
+
+
+def test_ema_does_not_mind_a_buffer_that_is_exchanged():
+    class Count(nn.Module):
+        def __init__(self):
+            super().__init__(); torch.manual_seed(0)
+            self.lin = nn.Linear(6, 2); self.register_buffer("n", torch.zeros(()))
+        def forward(self, x):
+            if self.training: self.n = self.n + 1
+            return self.lin(x)
+    ema = C.EMA(.5); learn = make(ema, net=Count()); learn.fit(1); calm = make(net=Count()); calm.fit(1)
+    learn.predict()
+    assert ema.average and learn.model.n == 3 and learn.history[0]["valid_loss"] != calm.history[0]["valid_loss"]
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda learn: pickle.loads(pickle.dumps(learn))])
+def test_copies_keep_their_average(twin):
+    learn = make(C.EMA(.9)); learn.fit(2)
+    other = twin(learn)
+    assert other.validate() == learn.validate() and other.cb(C.EMA).average and equal(weights(other), weights(learn))
+    assert not any(a is b for a in other.model.parameters() for b in learn.model.parameters())
+
+
+def test_the_whole_kit_resumes_to_the_last_bit(tmp_path):
+    def run(folder, n, seed=0, resume=None):
+        ema, rec = C.EMA(.7), C.Recorder()
+        learn = make([ema, rec, C.GradientAccumulation(2), C.GradientClip(.5), C.ValidateEvery(3), C.EarlyStopping(patience=9, restore_best=True),
+                      C.TerminateOnNaN(), C.CSVLogger(folder/"log.csv"), SaveCheckpoint(folder)], L.DataLoaders(batches(72, 8), batches(24)), model(seed),
+                     opt_func=partial(torch.optim.SGD, momentum=.9))
+        learn.add_cb(At("after_fit", lambda learn: kept.append([x.clone() for x in ema.average.values()]), order=50))
+        kept = []; learn.fit(n, resume=resume)
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in learn.history]
+        return rows, kept[0], weights(learn), (rec.losses, rec.all_lrs, rec.valid), rows_of(folder/"log.csv")
+    calm = run(tmp_path/"calm", 4)
+    run(tmp_path/"cut", 2)
+    again = run(tmp_path/"cut", 4, seed=9, resume=tmp_path/"cut"/"last.pt")
+    assert calm[0] == again[0] and equal(calm[1], again[1]) and equal(calm[2], again[2]) and calm[3] == again[3]
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]   # noqa: E731
+    assert drop(calm[4]) == drop(again[4])
+
+
+def test_a_forgotten_average_is_not_resumed(tmp_path):
+    "restore_best ends with the best weights and no average: a resumed run averages those, not what the new learner began with."
+    cbs = lambda: [C.EMA(.9), C.EarlyStopping(restore_best=True)]   # noqa: E731
+    learn = make(cbs()); learn.fit(2); learn.save(tmp_path/"a.pt")
+    again = make(cbs(), net=model(7), lr=0.); again.fit(3, resume=tmp_path/"a.pt", lr=0.)
+    assert equal(weights(learn), weights(again))
+    assert again.history[-1]["valid_loss"] == pytest.approx(learn.validate()["valid_loss"], rel=1e-6)
 
 
 def test_ema_of_half_precision_does_not_stand_still():
@@ -331,3 +660,13 @@ def test_orders_stand_in_one_table():
     assert table.items() >= have.items()
 
 
+
+
+def test_a_parameter_of_two_optimizers_is_clipped_once():
+    net = model()
+    def two(params, lr): return {name: torch.optim.SGD([*net.parameters()], lr) for name in ("first", "second")}
+    norms = []
+    def note(learn): norms.append(torch.stack([p.grad.norm() for p in learn.params()]).norm().item()) or None
+    learn = make([C.GradientClip(.01), At("before_step", note, order=90)], net=net, opt_func=two, dls=L.DataLoaders(batches(16), None))
+    learn.fit(1)
+    assert len(learn.params()) == 0 and len(norms) == 1 and norms[0] == pytest.approx(.01, rel=1e-3)

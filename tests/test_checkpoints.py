@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import data
-from learners import batches, equal, history, make, model, raises, weights
+from learners import At, batches, equal, history, make, model, raises, weights
 from torch import nn
 
 from exp import learner as L
@@ -27,6 +27,9 @@ from exp.training import SGD, accuracy
 
 def loaders(generator=None):
     return L.DataLoaders(DataLoader(TensorDataset(*data()), 16, shuffle=True, generator=generator), DataLoader(TensorDataset(*data(24, 1)), 16))
+
+
+def split(net): return [net[0].parameters(), net[2].parameters()]
 
 
 def run(folder, seed=0, resume=None, extra=(), n=4, opt_func=partial(torch.optim.SGD, momentum=.9), own=False):
@@ -99,7 +102,6 @@ def test_a_rate_that_a_callback_keeps_lowering_goes_on(tmp_path):
 
 
 def test_frozen_parts_are_remembered(tmp_path):
-    split = lambda net: [net[0].parameters(), net[2].parameters()]
     learn = make([SaveCheckpoint(tmp_path)], splitter=split); learn.freeze_to(1); learn.fit(1)
     again = make([SaveCheckpoint(tmp_path)], splitter=split); again.fit(2, resume=tmp_path/"last.pt")
     learn.fit(1)
@@ -170,7 +172,6 @@ def test_save_and_load_round_trip(tmp_path):
 
 
 def test_load_keeps_the_rates_of_groups(tmp_path):
-    split = lambda net: [net[0].parameters(), net[2].parameters()]
     learn = make(splitter=split, lr=[.01, .1]); learn.fit(1, .2); learn.save(tmp_path/"a.pt")
     other = make(splitter=split, lr=[.5, .5]).load(tmp_path/"a.pt"); other.fit(1)
     assert [g["lr"] for g in other.groups] == pytest.approx([.02, .2])
@@ -191,14 +192,16 @@ def test_bad_checkpoints_change_nothing(tmp_path, monkeypatch):
     make(net=nn.Linear(6, 2)).save("other.pt")
     make(net=nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))).save("narrow.pt")
     make(opt_func=lambda p, lr: {"a": torch.optim.SGD(p, lr)}).save("named.pt")
-    before = weights(learn)
-    cases = {"torn.pt": "truncated|pickled", "empty.pt": "truncated|pickled", "text.pt": "truncated|pickled", "evil.pt": "pickled code", "list.pt": "no checkpoint",
-             "other.pt": "0.weight is missing there", "narrow.pt": r"0.weight is \[4, 6\] there, \[5, 6\] here", "named.pt": "optimizers"}
+    before, rows = weights(learn), history(learn)
+    cases = {"torn.pt": "truncated", "empty.pt": "truncated", "text.pt": "truncated", "evil.pt": "pickled code", "list.pt": "no checkpoint",
+             "other.pt": "0.weight is missing there", "narrow.pt": r"0.weight is \[4, 6\] there, \[5, 6\] here", "named.pt": r"another optimizer: \{'a': \['4 momentum'\]\} there, \{'opt': \['4'\]\} here"}
     for name, words in cases.items():
-        for attempt in (lambda: learn.load(name), lambda: learn.fit(2, resume=name)):
+        for attempt in (lambda: learn.load(name), lambda: learn.fit(2, .7, resume=name)):
             with pytest.raises(ValueError, match=words): attempt()
             assert equal(weights(learn), before), name
-    with pytest.raises(FileNotFoundError, match="was an epoch finished"): learn.load("none.pt")
+    for attempt in (lambda: learn.load("none.pt"), lambda: learn.fit(2, .7, resume="none.pt")):
+        with pytest.raises(FileNotFoundError, match="none.pt"): attempt()
+    assert history(learn) == rows and learn.epochs_done == 1 and learn.groups[0]["lr"] == .1, "neither history nor rate is touched"
     assert not (tmp_path/"HACKED").exists()
 
 
@@ -222,10 +225,54 @@ def test_what_cannot_be_read_back_is_refused_when_it_is_written(tmp_path):
                    dict(cbs=[Keeps([np.int64(3), (1, "a"), None, {"t": torch.ones(2)}])])):
         learn = make(**kwargs); learn.fit(1); learn.save(tmp_path/"a.pt"); read_checkpoint(tmp_path/"a.pt")
     class Phase(enum.IntEnum): A = 1
-    for bad in (object(), {1, 2}, np.ones(3), lambda: 0, Phase.A, {Phase.A: 1}, torch.ones(2).as_subclass(type("Sub", (torch.Tensor,), {}))):
+    for bad in (object(), {1, 2}, np.ones(3), lambda: 0, np.datetime64("2020-01-01"), np.timedelta64(3, "D"), 1j, Phase.A, {Phase.A: 1}, torch.ones(2).as_subclass(type("Sub", (torch.Tensor,), {}))):
         learn = make([Keeps(bad)]); learn.fit(1); old = (tmp_path/"a.pt").read_bytes()
         with pytest.raises(TypeError, match=r"callbacks\.Keeps\.it is a"): learn.save(tmp_path/"a.pt")
         assert (tmp_path/"a.pt").read_bytes() == old
+
+
+def test_no_changed_byte_is_overlooked(tmp_path):
+    "Whatever is changed, the content is the same or the file is refused; PyTorch alone reads wrong weights."
+    def flat(x): return {k: flat(v) for k, v in x.items()} if isinstance(x, dict) else (x.tolist(), x.dtype) if isinstance(x, torch.Tensor) else x
+    good = write_checkpoint({"model": {"w": torch.arange(5.), "b": torch.ones(2)}, "n": 1}, tmp_path/"good.pt")
+    whole, want, refused = good.read_bytes(), flat(read_checkpoint(good)), 0
+    inside = whole.find(torch.arange(5.).numpy().tobytes())
+    for i in [*range(0, len(whole), 7), *range(inside, inside + 20)]:
+        (tmp_path/"bad.pt").write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i+1:])
+        try: assert flat(read_checkpoint(tmp_path/"bad.pt")) == want
+        except ValueError: refused += 1
+        else: assert not inside <= i < inside + 20
+    assert refused > 50
+    for i in range(0, len(whole), 90):
+        (tmp_path/"bad.pt").write_bytes(whole[:i])
+        with pytest.raises(ValueError, match="truncated"): read_checkpoint(tmp_path/"bad.pt")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_says_so(tmp_path):
+    path = make().save(tmp_path/"a.pt"); path.chmod(0)
+    with pytest.raises(PermissionError): read_checkpoint(path)
+
+
+class Noisy(torch.utils.data.Dataset):
+    "Draws from a generator of its own."
+    def __init__(self): self.generator, (self.x, self.y) = torch.Generator().manual_seed(0), data()
+    def __len__(self): return 40
+    def __getitem__(self, i): return self.x[i] + torch.randn(6, generator=self.generator), self.y[i]
+
+
+@pytest.mark.parametrize("wrap", [lambda ds: ds, lambda ds: torch.utils.data.Subset(ds, range(36)), lambda ds: torch.utils.data.ConcatDataset([ds, ds]),
+                                  lambda ds: torch.utils.data.Subset(torch.utils.data.ConcatDataset([ds]), range(40))], ids=["plain", "subset", "concat", "both"])
+def test_generators_inside_data_sets_go_on(tmp_path, wrap):
+    "At a resume, and after a validation in the middle."
+    def run(folder, n, cbs=(), resume=None):
+        dl = DataLoader(wrap(Noisy()), 16)
+        learn = make([SaveCheckpoint(tmp_path/folder, "train_loss"), *cbs], L.DataLoaders(dl, dl))
+        learn.fit(n, resume=resume)
+        return learn
+    calm, _ = run("calm", 2), run("cut", 1)
+    nosy = run("nosy", 2, [At("after_step", lambda learn: learn.validate(), n=1)])
+    assert equal(weights(calm), weights(run("cut", 2, resume=tmp_path/"cut"/"last.pt"))) and equal(weights(calm), weights(nosy))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -265,11 +312,24 @@ def test_a_schedule_is_missed_at_resume(tmp_path):
 
 def test_another_kind_of_optimizer_is_refused(tmp_path):
     learn = make(); learn.fit(1); learn.save(tmp_path/"sgd.pt")
-    with pytest.raises(ValueError, match="no betas"): make(opt_func=torch.optim.AdamW).load(tmp_path/"sgd.pt")
+    for opt_func in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop):
+        with pytest.raises(ValueError, match="another optimizer"): make(opt_func=opt_func).load(tmp_path/"sgd.pt")
+    make(opt_func=torch.optim.AdamW).save(tmp_path/"adamw.pt")
+    with pytest.raises(ValueError, match=r"\['4 betas'\]\} there, \{'opt': \['4'\]\} here"): make().load(tmp_path/"adamw.pt")
+    with pytest.raises(ValueError, match=r"\['4'\]\} there, \{'opt': \['2', '2'\]\} here"): make(splitter=split).load(tmp_path/"sgd.pt")
+
+
+def test_of_two_optimizers_both_are_loaded_or_none(tmp_path):
+    def two(second): return lambda groups, lr: {"a": torch.optim.SGD(groups[0]["params"], lr, momentum=.9), "b": second(groups[1]["params"], lr)}
+    first = make(splitter=split, opt_func=two(torch.optim.AdamW)); first.fit(1); first.save(tmp_path/"two.pt")
+    other = make(splitter=split, opt_func=two(torch.optim.SGD), lr=.03); other.fit(1)
+    before = other.opts["a"].state[other.model[0].weight]["momentum_buffer"].clone()
+    with pytest.raises(ValueError, match="another optimizer"): other.load(tmp_path/"two.pt")
+    assert other.opt is other.opts["a"] and other.groups[0]["lr"] == .03
+    assert torch.equal(before, other.opts["a"].state[other.model[0].weight]["momentum_buffer"])
 
 
 def test_unfreeze_after_resume(tmp_path):
-    split = lambda net: [net[0].parameters(), net[2].parameters()]
     learn = make([SaveCheckpoint(tmp_path)], splitter=split); learn.freeze_to(1); learn.fit(1)
     again = make([SaveCheckpoint(tmp_path)], splitter=split); again.fit(2, resume=tmp_path/"last.pt"); again.unfreeze()
     assert all(p.requires_grad for p in again.model.parameters())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from exp.conv import Conv2d, conv, conv2d, init_cnn, pad, simple_cnn, unfold, windows
+from exp.conv import Conv2d, conv, conv2d, init_cnn, simple_cnn, unfold, windows
 from exp.hooks import GeneralReLU
 
 
@@ -111,10 +111,36 @@ def test_unfold_equals_pytorch(h, size, stride, padding):
     torch.testing.assert_close(unfold(x, size, 1, padding, stride), F.unfold(x, size, 1, padding, stride), rtol=0, atol=0)
 
 
-def test_windows_is_a_view_and_pad_a_frame():
+def test_windows_is_a_view():
     x = torch.randn(1, 2, 5, 6)
-    assert windows(x, 2).data_ptr() == x.data_ptr() and pad(x, 0, 0, 0, 0) is x
-    torch.testing.assert_close(pad(x, 1, 2, 3, 4), F.pad(x, (3, 4, 1, 2)))
+    assert windows(x, 2).data_ptr() == x.data_ptr() and windows(x, (2, 3), 2).shape == (1, 2, 2, 2, 2, 3)
+
+
+@given(kernel=ints(1, 5), stride=ints(1, 3), dilation=ints(1, 3), size=ints(12, 17), groups=st.sampled_from([1, 2, 4]), bias=st.booleans(),
+       padding=st.one_of(ints(0, 3), st.sampled_from(["same", "valid"])))
+def test_Conv2d_with_any_knob_is_nn_Conv2d(kernel, stride, dilation, size, groups, bias, padding):
+    "Even kernels, odd sizes, no bias: the layer, its values and the gradients of all parameters."
+    if padding == "same": stride = 1
+    settings = dict(kernel_size=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias)
+    ours, theirs = Conv2d(4, 8, **settings).double(), nn.Conv2d(4, 8, **settings).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, size, size + 1, dtype=torch.float64)
+    try: want = theirs(x)
+    except RuntimeError:
+        with pytest.raises(ValueError, match="kernel smaller"): ours(x)
+        return
+    torch.testing.assert_close(ours(x), want)
+    ours(x).sin().sum().backward(); want.sin().sum().backward()
+    torch.testing.assert_close([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
+
+
+def test_conv2d_twice_differentiable_and_through_views():
+    make = lambda *shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, w: conv2d(x, w, None, 2, 1), (make(1, 2, 4, 4), make(2, 2, 2, 2)))
+    x, w = make(1, 2, 6, 6), make(3, 2, 3, 3)
+    for view in (lambda x: x.expand(4, -1, -1, -1), lambda x: x.transpose(2, 3)[..., ::2], lambda x: x.flip(3)):      # pixels read more than once, or turned
+        ours, theirs = (torch.autograd.grad(f(view(x), w).sin().sum(), (x, w)) for f in (conv2d, F.conv2d))
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(bias=False), dict(groups=2, stride=2), dict(kernel_size=(1, 3), padding="same"), dict(dilation=2, padding=1)])
@@ -156,6 +182,13 @@ def test_simple_cnn_gives_n_out_scores_for_any_size(h, w, n_out, depth):
     body = model[:-1](x)
     assert model(x).shape == (2, n_out) and body.shape[1] == 4
     torch.testing.assert_close(model(x), model[-1][-1](body.mean((2, 3))), atol=1e-5, rtol=1e-5)
+
+
+def test_init_cnn_leaves_other_layers_and_settings_alone():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Embedding(4, 3), nn.Conv2d(1, 2, 3, bias=False).requires_grad_(False))
+    before = [p.clone() for p in model.parameters()]
+    init_cnn(model)
+    assert [torch.equal(a, b) for a, b in zip(before, model.parameters())] == [True, True, True, False] and not model[2].weight.requires_grad
 
 
 def test_init_cnn_fills_all_and_honours_the_leak():

@@ -4,8 +4,8 @@ import os
 import pickle
 import random
 import shutil
-import sys
 import threading
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -13,33 +13,21 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from PIL import Image
+from pictures import LINUX, gen, linux, picture, picture_set
 
 from exp.data import (Categorize, DataBlock, ItemList, ItemLoaders, ItemSet, MultiCategorize, Normalize, Pipeline, Transform, func_splitter,
                       get_files, grandparent_splitter, parent_label, random_splitter, regex_label)
 from exp.learner import Learner
-from exp.loaders import DataLoader
+from exp.loaders import DataLoader, collate
 from exp.setup import set_seed
 from exp.testing import test_like as like
 from exp.training import SGD, accuracy, cross_entropy
 
-LINUX = sys.platform == "linux"
-linux = pytest.mark.skipif(not LINUX, reason="forks and links")
 ENDS = (".jpg", ".png")
 
 
-def picture(w=20, h=12, seed=0) -> Image.Image:
-    small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((w, h), Image.BICUBIC)
-
-
 @pytest.fixture
-def folder(tmp_path):
-    "train/{cat,dog} and val/{cat,dog}, six and three photos each."
-    for part, count in (("train", 6), ("val", 3)):
-        for kind in ("cat", "dog"):
-            (tmp_path/"set"/part/kind).mkdir(parents=True)
-            for n in range(count): picture(24 + n, 20, n + 10*count).save(tmp_path/"set"/part/kind/f"{kind}_{n}.png")
-    return tmp_path/"set"
+def folder(tmp_path): return picture_set(tmp_path/"set", ".png")
 
 
 def find(folder): return get_files(folder, ENDS)
@@ -55,7 +43,6 @@ class Noise(Transform):
 
 def block(*tfms, **options): return DataBlock(find, grandparent_splitter, parent_label, tfms or [pixels, Noise()], **options)
 def dls_of(folder, **options): return block().dataloaders(folder, **{"bs": 4, **options})
-def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------------
@@ -102,7 +89,6 @@ def test_get_files_finds_what_walk_finds(tmp_path):
     ends = (".jpg", ".jpeg", ".png")
     assert get_files(tmp_path, ends).items == [f for f in every if f.lower().endswith(ends)] and len(get_files(tmp_path, ends)) == 7
     assert [f.name for f in get_files(tmp_path, ".txt")] == [f.name for f in get_files(tmp_path, "TXT")] == ["note.txt"]
-    assert [f.name for f in get_files(tmp_path, recurse=False)] == ["noext", "note.txt"]
     assert len(get_files(tmp_path, ())) == 0
     with pytest.raises(FileNotFoundError, match="nowhere"): get_files(tmp_path/"nowhere")
     with pytest.raises(NotADirectoryError, match="noext"): get_files(tmp_path/"noext")
@@ -129,7 +115,7 @@ def test_get_files_follows_links_but_not_in_circles(tmp_path):
 def test_random_splitter(n, seed, share):
     split = random_splitter(seed, share)
     train, valid = split(range(n))
-    assert sorted(train + valid) == list(range(n)) and split(range(n)) == (train, valid) and abs(len(valid) - share*n) <= 1
+    assert sorted(train + valid) == list(range(n)) and split(range(n)) == (train, valid) and len(valid) == round(share*n)
     random.seed(1); before = random.random(); random.seed(1); split(range(n)); assert random.random() == before
 
 
@@ -138,7 +124,25 @@ def test_splitters():
     assert grandparent_splitter(files) == ([0, 1], [2, 3, 4, 5]) == grandparent_splitter([Path(f) for f in files])
     assert grandparent_splitter(files, valid="test") == ([0, 1], [4, 5]) and grandparent_splitter(files, "val", ["unsup"]) == ([2, 3], [6, 7])
     assert func_splitter(lambda f: "val" in f)(files[:4]) == ([0, 1], [2, 3]) and func_splitter(bool)([]) == ([], [])
-    assert random_splitter()(range(1000)) != random_splitter()(range(1000))
+    assert random_splitter()(range(99)) == random_splitter()(range(99)) != random_splitter(1)(range(99))    # the same in every process
+
+
+def positions(part, n, kind):
+    "The same positions as a list, negative ones, an array, a tensor, a range or a mask."
+    mask = [i in part for i in range(n)]
+    return {"list": list(part), "negative": [i - n for i in part], "array": np.array(part), "tensor": torch.tensor(part), "tuple": tuple(part),
+            "mask": mask, "array mask": np.array(mask), "tensor mask": torch.tensor(mask)}[kind]
+
+
+KINDS = st.sampled_from(["list", "negative", "array", "tensor", "tuple", "mask", "array mask", "tensor mask"])
+
+
+@given(n=st.integers(2, 9), cut=st.integers(1, 8), kinds=st.tuples(KINDS, KINDS))
+def test_a_split_may_be_said_in_many_ways(n, cut, kinds):
+    cut = min(cut, n - 1)
+    parts = [positions(part, n, kind) for part, kind in zip((range(cut, n), range(cut)), kinds)]
+    dls = DataBlock(range, lambda items: parts, lambda i: i, lambda i: torch.tensor([i])).dataloaders(n, 2, num_workers=0)
+    assert list(dls.train.ds.items) == list(range(cut, n)) and list(dls.valid.ds.items) == list(range(cut))
 
 
 def test_labels():
@@ -202,7 +206,7 @@ def test_pipeline_orders_sets_up_and_decodes():
     pipe = Pipeline([Chance(), double, Shift()])                                  # double stays behind Chance
     assert repr(pipe) == "Shift → Chance → double" and repr(Pipeline()) == "nothing"
     pipe = Pipeline([double, Chance(), Shift()])
-    pipe.setup(lambda: ((x, None) for x in (3, 4)))
+    pipe.setup(lambda before: map(before, [(3, None), (4, None)]))
     assert repr(pipe) == "double → Shift → Chance" and pipe.tfms[1].by == 6       # Shift saw the doubled items
     assert pipe((5, 1), gen(1)) == pipe((5, 1), gen(1)) != pipe((5, 1), gen(2))
     assert repr(pipe.for_valid()) == "double → Shift" and pipe.for_valid()((5, "y")) == (4, "y") and pipe.decode((4, "y")) == (10, "y")
@@ -223,7 +227,7 @@ def test_joint_transforms_see_pairs():
         def setup(self, items): seen.extend(items)
         def __call__(self, pair, generator): return pair
     pipe = Pipeline([double, Swap(), Look()])
-    pipe.setup(lambda: iter([(1, "a"), (2, "b")]))
+    pipe.setup(lambda before: map(before, [(1, "a"), (2, "b")]))
     assert seen == [("a", 2), ("b", 4)] and pipe((3, "c")) == ("c", 6) and pipe.decode(("c", 6)) == (6, "c")
 
 
@@ -241,11 +245,25 @@ def test_a_passed_generator_decides_everything(orders, seed):
 def test_normalize():
     raw = torch.rand(64, 3, 5, 4)*torch.tensor([1., 10, 100])[:, None, None]
     tfm = Normalize(); tfm.setup(iter(raw.split(16)))
-    like(tfm(raw).mean((0, 2, 3)), torch.zeros(3), atol=1e-4); like(tfm(raw).std((0, 2, 3)), torch.ones(3), atol=1e-4)
+    like(tfm(raw).mean((0, 2, 3)), torch.zeros(3), atol=1e-4); like(tfm(raw).std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4)
     like(tfm.decode(tfm(raw)), raw, atol=1e-4)
     few = Normalize(n_batches=1); few.setup(iter(raw.split(16))); like(few.mean, raw[:16].mean((0, 2, 3)))
     given = Normalize([1.], [2.]); given.setup(iter(())); like(given(torch.tensor([[3.]])), torch.tensor([[1.]]))
     assert given(torch.ones(2, 1, 2).half()).dtype == torch.float16 and Normalize([.4, .5, .6], [.2, .3, .1])(raw).shape == raw.shape
+
+
+def test_normalize_measures_what_it_was_not_told():
+    raw = torch.randn(40, 2)*3 + torch.tensor([5., 1000.])
+    for told in (dict(mean=[1., 2.]), dict(std=[4., 5.])):
+        tfm = Normalize(**told); tfm.setup(iter([raw]))
+        like(torch.as_tensor(tfm.mean), torch.tensor([1., 2.]) if "mean" in told else raw.mean(0), atol=1e-4)
+        like(torch.as_tensor(tfm.std), torch.tensor([4., 5.]) if "std" in told else raw.std(0, correction=0), atol=1e-3)
+    flat = torch.tensor([[7., 1.], [7., 3.]])                                     # a column that never changes; one row only
+    tfm = Normalize(); tfm.setup(iter([flat])); like(tfm(flat), torch.tensor([[0., -1.], [0., 1.]]))
+    tfm = Normalize(); tfm.setup(iter([flat[:1]])); like(tfm(flat[:1]), torch.zeros(1, 2))
+    half = (torch.randn(64, 1, 40, 40) + 500).half()
+    tfm = Normalize(); tfm.setup(iter([half])); like(tfm.mean, half.double().mean().float()[None], rtol=1e-5)
+    with pytest.raises(TypeError, match="uint8.*to_float"): DataBlock(range, random_splitter(), abs, lambda i: torch.zeros(3, 2, 2).byte(), Normalize()).dataloaders(9, 3).one_batch()
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------------
@@ -278,6 +296,93 @@ def test_kinds_of_targets():
     dls = DataBlock(lambda _: rows, random_splitter(1), lambda r: "xy"[r["b"] > 1], [lambda r: r["c"], Bag()]).dataloaders(None, 4)
     assert sorted(map(len, seen)) == sorted(len(r["c"]) for r in dls.train.ds.items) and len(seen) == 8    # the training rows only
     assert dls.vocab == ["x", "y"] and "| x" in str(dls.show_batch(2))
+
+
+def rows(n=12, get_y=lambda i: i % 2, item=lambda i: torch.tensor([float(i)]), batch_tfms=(), y_tfms=None, **options):
+    "Loaders of numbers, the first three for validation."
+    made = DataBlock(range, lambda items: (range(3, n), range(3)), get_y, item, batch_tfms, y_tfms)
+    return made.dataloaders(n, **{"bs": 4, "num_workers": 0, **options})
+
+
+def test_words_in_lists_are_guessed_to_be_many_classes():
+    for kind in (list, tuple, set):
+        dls = rows(get_y=lambda i: kind([[], ["b"], ["a", "b"]][i % 3]))           # the first one has none
+        assert dls.vocab == ["a", "b"] and dls.valid.ds[2][1].tolist() == [1, 1] and dls.train.ds[0][1].tolist() == [0, 0]
+    for get_y in (lambda i: [(1., 2.)]*(i > 5), lambda i: torch.ones(2), lambda i: np.ones(2), lambda i: [], lambda i: ["a", i]):
+        assert rows(get_y=get_y).vocab is None                                    # boxes, masks, nothing, something else
+
+
+def test_a_walk_over_samples_ends_and_only_at_the_end():
+    ds = rows().train.ds
+    assert [int(x) for x, y in ds] == list(range(3, 12))
+    with pytest.raises(IndexError): ds[9]
+    def torn(i): return [torch.zeros(1)]*3 if i < 5 else [][i]
+    with pytest.raises(IndexError, match="(?s)list index.*at item 5"): [x for x, y in rows(item=torn).train.ds]
+
+
+class Remember(Transform):
+    "Keeps what it saw, in a list that it has had from the start."
+    order = 3
+    def __init__(self): self.seen = []
+    def setup(self, xs): self.seen += list(xs)
+    def __call__(self, x, generator): return torch.tensor([float(len(self.seen)), float(x)])
+
+
+def test_blocks_lists_and_transforms_may_be_copied():
+    class Counter:
+        count = 0
+        def __init__(self): self.lock = threading.Lock()                          # cannot be copied, and need not
+        def __call__(self, i): self.count += 1; return i
+    counter, remember = Counter(), Remember()
+    made = DataBlock(range, random_splitter(), lambda i: "ab"[i % 2], [counter, remember])
+    first, second, third = made.dataloaders(10, 2), made.dataloaders(20, 2), deepcopy(made).dataloaders(30, 2)
+    assert [int(dls.one_batch()[0][0, 0]) for dls in (first, second, third)] == [8, 16, 24] and not remember.seen
+    assert counter.count >= 8 + 16 + 24                                           # a function is used itself
+    files = ItemList(["a/b", "c"], Path); twin = deepcopy(files); twin.items.append("d")
+    assert len(files) == 2 and twin[0] == files[0] == Path("a/b") and pickle.loads(pickle.dumps(files)) == files
+    both = Remember()                                                             # one that two pipelines share stays one
+    dls = DataBlock(range, random_splitter(), lambda i: float(i), both, y_tfms=both).dataloaders(10, 2)
+    assert dls.train.ds.tfm.tfms[0] is dls.train.ds.y_tfm.tfms[0] is not both
+
+
+def test_target_transforms_keep_the_protocol():
+    class Doubt(Transform):
+        "Changes a label by chance, in training."
+        order = 5
+        def __call__(self, y, generator): assert isinstance(generator, torch.Generator); return (y + torch.randint(1, 3, (), generator=generator)) % 3
+        def for_valid(self): return None
+    def letter(i): return "abc"[i % 3]
+    set_seed(1); want = torch.rand(1), random.random()
+    set_seed(1); dls = rows(get_y=letter, y_tfms=[Doubt(), Categorize()])
+    assert want == (torch.rand(1), random.random())                               # the labels were looked at without using up chance
+    def epoch(n): set_seed(n); return torch.cat([yb for _, yb in DataLoader(dls.train.ds, 4)]).tolist()
+    assert epoch(1) == epoch(1) != epoch(2) and all(y != i % 3 for i, y in zip(range(3, 12), epoch(1)))
+    assert torch.cat([yb for _, yb in dls.valid]).tolist() == [0, 1, 2] and dls.vocab == ["a", "b", "c"]
+    seen = []
+    class Scale(Transform):
+        "Learns from the training labels."
+        def setup(self, ys): seen.extend(ys)
+        def __call__(self, y, generator): return y/max(seen)
+        def decode(self, y): return y*max(seen)
+    dls = rows(get_y=float, y_tfms=[Scale()])
+    assert seen == list(map(float, range(3, 12))) and dls.train.ds[8][1] == 1 and dls.valid.ds[0][1].dtype == torch.float32
+    assert dls.decode(*dls.one_batch(True), valid=True)[1] == [0, 1, 2]
+
+
+def test_joint_transforms_get_x_and_y_wherever_they_are():
+    class Add(Transform):
+        "Adds the target to x, and takes one from it."
+        joint, order = True, 4
+        def setup(self, pairs): self.first = next(pairs)
+        def __call__(self, pair, generator): x, y = pair; return (x, y) if y is None else (x + y, y - 1)
+        def decode(self, pair): x, y = pair; return x - (y + 1), y + 1
+    dls = rows(get_y=lambda i: 100*i, item=[lambda i: i, Add()], batch_tfms=Add())
+    assert dls.train.ds[0][0] == 303 and dls.train.ds.tfm.tfms[-1].first[1] == 300
+    xb, yb = dls.one_batch(True)
+    assert yb.tolist() == [-2, 98, 198] and xb.tolist() == [i + 100*i + 100*i - 1 for i in range(3)]
+    xs, ys = dls.decode(xb, yb, valid=True)
+    assert ys == [0, 100, 200] and [int(x) for x in xs] == [0, 1, 2]
+    assert dls.batch_of([7, 8]).tolist() == [7, 8]                                # a new item has no label: y is None
 
 
 def test_a_block_may_be_used_for_two_folders(folder, tmp_path):
@@ -325,7 +430,7 @@ def test_loader_shapes_and_options(folder):
     assert [len(xb) for xb, _ in dls.train] == [5, 5, 2] and len(dls.train) == 3 and len(dls.valid) == 2
     assert [len(xb) for xb, _ in dls_of(folder, bs=5, drop_last=True).train] == [5, 5]
     assert len(dls_of(folder, bs=100).one_batch()[0]) == 12 and dls_of(folder, bs=1).one_batch()[0].shape == (1, 3, 8, 8)
-    assert dls.one_batch()[1].dtype == torch.int64 and dls.vocab == ["cat", "dog"] and dls.skipped == {}
+    assert dls.one_batch()[1].dtype == torch.int64 and dls.vocab == ["cat", "dog"] and dls.skipped == []
     for bad in (dict(bs=0), dict(workers="snails"), dict(on_error="ignore")):
         with pytest.raises(ValueError): dls_of(folder, **bad)
     with pytest.raises(TypeError): dls_of(folder, nonsense=1)
@@ -336,6 +441,14 @@ def test_sampler_and_collate_fn(folder):
     def bag(samples): return [x.shape for x, _ in samples], torch.tensor([y for _, y in samples])
     dls = block(sampler=backwards, collate_fn=bag).dataloaders(folder, 4)
     assert [yb.tolist() for _, yb in dls.train] == [[1]*4, [1, 1, 0, 0], [0]*4] and next(iter(dls.train))[0][0] == (3, 8, 8)
+
+
+def test_loader_options_win_over_the_blocks(folder):
+    dls = block(collate_fn=collate).dataloaders(folder, 4, collate_fn=lambda samples: ([x for x, _ in samples], torch.tensor([y for _, y in samples])), num_workers=0)
+    for dl in (dls.train, dls.valid):
+        xb, yb = next(iter(dl)); assert isinstance(xb, list) and xb[3].shape == (3, 8, 8) and yb.shape == (4,)
+    assert dls.train.num_workers == 0 and dls_of(folder).train.workers == "threads" and dls_of(folder, workers="processes", num_workers=1).valid.workers == "processes"
+    with pytest.raises(ValueError, match="shuffle, sampler"): dls_of(folder, sampler=[1])
 
 
 def test_batch_transforms_keep_the_protocol_of_items(folder):
@@ -358,6 +471,64 @@ def test_looking_and_setting_up_change_no_random_number(folder):
     dls = block(pixels, Noise(), lambda x: x/300, batch_tfms=Normalize()).dataloaders(folder, 4)
     dls.one_batch(); dls.show_batch(4)
     assert want == (torch.rand(1), random.random())
+
+
+def test_a_look_leaves_the_order_of_training_alone(folder, monkeypatch):
+    def order(look, generator=None):
+        set_seed(4)
+        dls = rows(n=40, generator=generator)
+        walk = iter(dls.train); got = [next(walk)[0]]
+        if look: dls.one_batch(); dls.one_batch(True); dls.show_batch(2)
+        indices = dls.train.indices
+        return [*got, *(xb for xb, _ in walk), *(xb for xb, _ in dls.train)], indices
+    for chance in (lambda: None, gen):
+        (plain, i), (looked, j) = order(False, chance()), order(True, chance())
+        like(looked, plain, rtol=0, atol=0); assert i == j                        # not even in the middle of an epoch
+    dls = rows()
+    def hang(*args): raise AssertionError("waits for the other process")
+    for name, value in dict(is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2, all_gather_object=hang).items():
+        monkeypatch.setattr(torch.distributed, name, value)
+    assert len(dls.one_batch()[0]) == 4                                          # one process may look alone
+    with pytest.raises(AssertionError, match="waits"): next(iter(dls.train))
+
+
+LEAVES = st.sampled_from([lambda i: torch.tensor([i, 5]), lambda i: torch.full((2, 1), float(i)), lambda i: f"text {i}"])
+SAMPLES = st.recursive(LEAVES, lambda part: st.one_of(
+    st.lists(part, min_size=1, max_size=3).map(lambda parts: lambda i: [p(i) for p in parts]), st.lists(part, min_size=1, max_size=3).map(lambda parts: lambda i: tuple(p(i) for p in parts)),
+    st.dictionaries(st.sampled_from("ab"), part, min_size=1).map(lambda parts: lambda i: {k: p(i) for k, p in parts.items()})), max_leaves=4)
+
+
+def plain(x):
+    "Tensors as lists, tuples as lists."
+    if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
+    return [plain(v) for v in x] if isinstance(x, (list, tuple)) else x.tolist() if isinstance(x, torch.Tensor) else x
+
+
+@given(x=SAMPLES, y=SAMPLES, n=st.integers(1, 4))
+def test_decode_takes_any_batch_apart_again(x, y, n):
+    ds = ItemSet(range(n), y, Pipeline(x), Pipeline())
+    loader = DataLoader(ds, n, batch_tfms=Pipeline())
+    xs, ys = ItemLoaders(loader, loader).decode(*next(iter(loader)))
+    assert plain(xs) == plain([x(i) for i in range(n)]) and plain(ys) == plain([y(i) for i in range(n)])
+
+
+def test_decode_of_several_inputs_boxes_and_validation():
+    two = rows(get_y=lambda i: {"kind": i % 2, "size": torch.tensor([i])}, item=lambda i: (torch.tensor([i]), torch.tensor([-i])))
+    xs, ys = two.decode(*two.one_batch(True), valid=True)
+    assert [tuple(map(int, x)) for x in xs] == [(0, 0), (1, -1), (2, -2)] and [(int(y["kind"]), int(y["size"])) for y in ys] == [(0, 0), (1, 1), (0, 2)]
+    assert "kind" in str(two.show_batch(2))
+    def bag(samples): return torch.stack([x for x, _ in samples]), [y for _, y in samples]
+    boxes = rows(get_y=lambda i: torch.zeros(i, 4), collate_fn=bag)               # a list of one's own collate_fn holds an entry per item
+    assert [len(y) for y in boxes.decode(*boxes.one_batch(True), valid=True)[1]] == [0, 1, 2]
+    class Upside(Transform):
+        "Turned in training only."
+        def __call__(self, x, generator): return -x
+        def decode(self, x): return -x
+        def for_valid(self): return None
+    dls = rows(item=[lambda i: torch.tensor([float(i)]), Upside()], batch_tfms=[lambda xb: xb*2, Normalize([3.], [2.])])
+    assert dls.decode(*dls.one_batch(True), valid=True)[0] == [0, 2, 4]           # what Upside did not do is not undone
+    xb, yb = dls.one_batch()
+    assert all(x > 0 for x in dls.decode(xb.requires_grad_(), yb)[0]) and not dls.decode(xb, yb)[0][0].requires_grad
 
 
 def test_decode_show_and_new_items(folder):
@@ -401,6 +572,35 @@ def test_empty_folder_and_lopsided_splits(tmp_path, folder):
     with pytest.raises(ValueError, match="0 training and 12 validation"): dls_of(folder)
 
 
+def test_what_is_wrong_is_said_at_set_up():
+    for split, error, words in ((lambda items: ([0, 1, 1], [1, 2]), ValueError, "1 is for training and for validation"), (lambda items: (range(12), [-1]), ValueError, "11 is for training"),
+                                (lambda items: ([True]*5, [5]), IndexError, "boolean"), (lambda items: ([0], [99]), IndexError, "99"), (lambda items: ([0.5], [1]), IndexError, "integer"),
+                                (lambda items: ([], [1]), ValueError, "0 training and 1 validation"), (lambda items: random_splitter(), TypeError, "call it first")):
+        with pytest.raises(error, match=words): DataBlock(range, split, abs, float).dataloaders(12)
+    with pytest.raises(ValueError, match="found nothing"): DataBlock(lambda path: [], random_splitter(), abs, float).dataloaders(None)
+    with pytest.raises(KeyError, match="(?s)3.*at item 3"): rows(get_y=lambda i: {}[i])                       # the first look at a label is named, too
+    with pytest.raises(ValueError, match="(?s)'c' is not among.*at item 5"): rows(get_y=lambda i: "abc"[i == 5 and 2], y_tfms=Categorize(["a", "b"]))    # in training
+    with pytest.raises(ValueError, match="(?s)'c' is not among.*at item 1"): rows(get_y=lambda i: ["c"] if i == 1 else ["a", "b"])
+    with pytest.raises(ZeroDivisionError, match="at item 7"): rows(item=[lambda i: 1/(i - 7), Remember()])
+    with pytest.raises(ZeroDivisionError, match="at item 99"): rows(item=lambda i: torch.tensor([1/(i - 99)])).batch_of([5, 99])
+    for share in (0, 20, .001):
+        with pytest.raises(ValueError, match="validation"): DataBlock(range, random_splitter(1, share), abs, float).dataloaders(12)
+
+
+def test_skipped_items_are_skipped_in_a_set_up_and_none_hides_another(tmp_path):
+    def broken(i):
+        if i in (4, 5): raise OSError("torn")
+        return i
+    dls = rows(item=[broken, Remember()], on_error="skip")
+    assert sum(len(xb) for xb, _ in dls.train) == 7 and dls.one_batch()[0][0, 0] == 7                          # learned from what could be read
+    assert dls.skipped == [(4, "OSError: torn"), (5, "OSError: torn")]
+    for den in "pq":
+        for part in ("train", "val"): (tmp_path/den/part/"cat").mkdir(parents=True); (tmp_path/den/part/"cat/1.png").write_bytes(b""); picture().save(tmp_path/den/part/"cat/2.png")
+    dls = DataBlock(find, grandparent_splitter, lambda f: 0, pixels).dataloaders(tmp_path, 4, on_error="skip")
+    assert sum(len(xb) for dl in (dls.train, dls.valid) for xb, _ in dl) == 4
+    assert {item for item, _ in dls.skipped} == {tmp_path/den/part/"cat/1.png" for den in "pq" for part in ("train", "val")}    # alike in their last parts
+
+
 def test_class_only_in_validation_and_single_images(folder):
     (folder/"val/unicorn").mkdir(); picture().save(folder/"val/unicorn/u.png")
     with pytest.raises(ValueError, match="(?s)'unicorn' is not among.*cat.*dog.*unicorn/u.png"): dls_of(folder)      # heard of before an epoch is trained
@@ -417,7 +617,7 @@ def test_a_bad_item_stops_or_is_skipped_and_named(folder, options):
     with pytest.raises(OSError, match=r"(cat_1|dog_2)\.png"): list(dls_of(folder, **options).train)
     dls = dls_of(folder, on_error="skip", bs=1, **options)
     assert sum(len(xb) for xb, _ in dls.train) == 10 and sum(len(xb) for xb, _ in dls.valid) == 5     # whole batches of bad photos vanish
-    assert sorted(dls.skipped) == ["train/cat/cat_1.png", "train/dog/dog_2.png", "val/cat/cat_0.png"]
+    assert sorted(item.name for item, _ in dls.skipped) == ["cat_0.png", "cat_1.png", "dog_2.png"] and all("cannot identify" in why for _, why in dls.skipped)
     list(dls.train); assert len(dls.skipped) == 3                                 # counted once, not each epoch
 
 

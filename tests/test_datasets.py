@@ -224,6 +224,21 @@ def test_a_line_that_is_always_cut(web, capsys):
     nothing_left()
 
 
+@pytest.mark.parametrize("cut", [0, 3, 4000])
+def test_a_cut_line_without_a_length_is_tried_again(web, cut):
+    "In pieces, as servers send what they make on the way: the last piece is missing, or the end that says so."
+    def cut_off(handler):
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        if cut: handler.wfile.write(b"%x\r\n" % 5000 + GOOD[:cut])
+        handler.close_connection = True
+    web.pages["/a/toy.tgz"] = in_turn(cut_off, serve(GOOD))
+    check(fetch("toy"))
+    assert web.log == ["/a/toy.tgz", "/b/toy.tgz", "/a/toy.tgz"]
+
+
 @pytest.mark.parametrize("code", [429, 503])
 def test_a_busy_server_is_asked_again(web, monkeypatch, code):
     naps = []

@@ -173,7 +173,11 @@ def test_hooks_take_a_model_a_list_or_a_dict():
 
 def test_hooks_are_hung_all_or_none():
     good = nn.Linear(2, 2)
-    with pytest.raises(TypeError, match="layer '1' is 3"): Hooks([good, 3], note)
+    with pytest.raises(AttributeError, match="'int' object has no attribute 'register_forward_hook'"): Hooks([good, 3], note)
+    assert not hooks_on(good)
+    class Closed(nn.Linear):                                                       # as a scripted layer is
+        def register_forward_hook(self, *args, **kwargs): raise RuntimeError("no hooks here")
+    with pytest.raises(RuntimeError, match="no hooks here"): Hooks([good, Closed(2, 2)], note)
     assert not hooks_on(good)
     with pytest.raises(ValueError, match="layers is empty"): Hooks([], note)
 
@@ -193,6 +197,23 @@ def test_first_tensor():
     assert first_tensor(packed) is packed.data
     for nothing in ((), {}, 3, None, [None, a]):
         with pytest.raises(TypeError, match="where a tensor was expected"): first_tensor(nothing)
+
+
+def test_a_module_that_is_watched_twice_tells_both_and_one_that_runs_twice_tells_twice():
+    layer, heard = nn.Linear(2, 2), []
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    with Hooks([layer, layer], lambda hook, module, inp, out: heard.append(hook.name)): model(torch.zeros(1, 2))
+    assert heard == ["0", "1"]*2
+    with Hooks(model, lambda hook, module, grad: heard.append(hook.name), backward=True): model(torch.ones(1, 2)).sum().backward()
+    assert heard[4:] == ["0", "1", "0"] and not hooks_on(model)                        # a child has one name, the first
+
+
+def test_backward_hooks_look_into_tuples_and_dicts():
+    class Pair(nn.Linear):
+        def forward(self, x): return {"y": (super().forward(x), 3)}
+    layer, grads = Pair(3, 2), []
+    with Hook(layer, lambda hook, module, grad: grads.append(grad), backward=True): (2*layer(torch.zeros(4, 3))["y"][0]).sum().backward()
+    assert torch.equal(grads[0], torch.full((4, 2), 2.))
 
 
 # --- ActivationStats -------------------------------------------------------------------------------------------------------
@@ -378,7 +399,7 @@ def test_memory_grows_by_the_rows_only():
             counts.append(sum(type(o) is torch.Tensor for o in gc.get_objects()))
     train(model, [stats, Count()], epochs=10)
     assert counts[1] - counts[0] <= 3*7, f"tensors before the third and the tenth epoch, of 3 batches each: {counts}"
-    assert sum(row.numel() for row in stats._rows) == 30*2*63
+    assert stats.means.numel() == 30*2 and stats.hists.numel() == 30*2*60
 
 
 class Twice(nn.Module):
@@ -408,7 +429,10 @@ def test_stats_say_what_is_wrong():
     with pytest.raises(TypeError, match="found a dict") as caught:
         train(nn.Sequential(nn.Linear(2, 2), Dicts(2, 2)), [ActivationStats()], data=[(torch.zeros(1, 2), None)])
     assert "layer '1' (Dicts)" in notes(caught.value)
-    with pytest.raises(ValueError, match="no curves"): ActivationStats().plot_stats()
+    for plot in (ActivationStats().plot_stats, ActivationStats().plot_hists):
+        with pytest.raises(ValueError, match="no training step was measured"): plot()
+    with pytest.raises(ValueError, match="unit_dim is 0"): ActivationStats(unit_dim=0)
+    with pytest.raises(ValueError, match="unit_dim is -1"): ActivationStats(unit_dim=-1)
 
 
 def test_half_and_integer_outputs_and_dicts_are_measured():
@@ -427,6 +451,92 @@ def test_stats_of_a_model_with_two_inputs():
     stats = ActivationStats()
     train(Two(), [stats], data=[((torch.randn(5, 3), torch.randn(5, 4)), torch.zeros(5, 2))], loss=nn.functional.mse_loss)
     assert stats.names == ["a", "b"] and stats.means.isfinite().all()
+
+
+def test_a_loss_that_runs_the_model_again_changes_no_number():
+    torch.manual_seed(0)
+    model, seen, alone = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), ActivationStats(), ActivationStats()
+    twin, data = copy.deepcopy(model), [(torch.randn(8, 4), torch.zeros(8, 2)) for _ in range(3)]
+    train(model, [seen], data=data, loss=lambda pred, yb: pred.square().mean() + 0*model(torch.ones(8, 4)).mean())
+    train(twin, [alone], data=data, loss=lambda pred, yb: pred.square().mean())
+    assert torch.equal(seen.means, alone.means) and torch.equal(seen.hists, alone.hists) and seen.steps == [0, 1, 2]
+
+
+def test_every_part_is_measured_that_any_forward_runs():
+    class Game(Learner):
+        def train_batch(self):
+            fake = self.forward(self.xb, self.model.maker)
+            judged = self.forward(fake, self.model.judge)
+            self.backward(self.get_loss(self.model.late(judged), self.yb)); self.step(); self.zero_grad()
+    model, stats = nn.ModuleDict(dict(maker=nn.Linear(3, 3), judge=nn.Linear(3, 1), late=nn.Linear(1, 1), idle=nn.Linear(3, 3))), ActivationStats()
+    Game(model, DataLoaders([(torch.randn(5, 3), torch.zeros(5, 1))]*2), nn.functional.mse_loss, lr=.1, cbs=stats, quiet=True, device="cpu").fit(1)
+    assert stats.means.shape == (4, 2) and stats.means[:2].isfinite().all() and stats.means[2:].isnan().all()   # late runs outside
+
+
+def test_of_a_layer_that_runs_twice_the_first_output_counts():
+    model, stats, data = Twice(), ActivationStats(), [(torch.randn(6, 4), torch.arange(6))]
+    want = model.a(data[0][0]).detach()
+    train(model, [stats], data=data)
+    torch.testing.assert_close(stats.means[0, 0], want.mean())
+
+
+def test_layers_that_never_run_are_nan_step_by_step():
+    stats = ActivationStats([nn.Linear(2, 2)])                                     # of no model that is trained here
+    train(simple_cnn((4,)), [stats], n=2)
+    assert stats.steps == [0, 1] and stats.means.shape == (1, 2) and stats.means.isnan().all() and stats.hists.isnan().all()
+
+
+@pytest.mark.parametrize("out", [lambda x: x.sum(), lambda x: x[:, :0], lambda x: (x, None), lambda x: {"x": x, "n": 3}, lambda x: [[x], x], lambda x: x > 0,
+                                 lambda x: x.long(), lambda x: x[:, 0]], ids=["0-d", "empty", "tuple", "dict", "nested", "bool", "int", "1-d"])
+def test_outputs_of_any_form_are_measured(out):
+    class Side(nn.Module):
+        def forward(self, x): return out(x)
+    class Model(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.side = nn.Linear(3, 2), Side()
+        def forward(self, x): self.side(x); return self.a(x)
+    x, stats = torch.randn(4, 3), ActivationStats()
+    train(Model(), [stats], data=[(x, torch.zeros(4, 2))], loss=nn.functional.mse_loss)
+    got = first_tensor(out(x)).float()
+    torch.testing.assert_close(stats.means[1, 0], got.mean(), equal_nan=True)
+    assert stats.means[0].isfinite().all() and math.isnan(stats.dead[1, 0]) == (got.numel() < 4)
+
+
+def test_unit_dim_beyond_the_last_dimension_is_the_last():
+    x = torch.zeros(3, 4); x[0, :2] = 1
+    assert measured(x, unit_dim=7)[0][2] == measured(x)[0][2] == .5
+
+
+def test_a_second_fit_and_a_resumed_one_start_anew(tmp_path):
+    model, stats = simple_cnn((4,)), ActivationStats()
+    learn = learner(model, [stats], n=2)
+    learn.fit(2)
+    assert stats.steps == [0, 1, 2, 3] and stats.means.shape == (2, 4)
+    learn.save(tmp_path/"two.pt")
+    learn.fit(3, resume=tmp_path/"two.pt")
+    assert stats.steps == [0, 1] and stats.means.shape == (2, 2) and stats.means.isfinite().all()
+    learn.fit(1)
+    assert stats.steps == [0, 1] and not hooks_on(model)
+
+
+def test_layers_may_come_from_a_generator():
+    model = simple_cnn((4,))
+    stats = ActivationStats(layer for layer in model)
+    train(model, [stats], epochs=2)
+    assert stats.means.shape == (2, 6) and stats.means.isfinite().all()
+
+
+def test_half_precision_is_measured_in_single():
+    x = (300 + torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    for dtype in (torch.float16, torch.bfloat16):
+        (mean, std, dead), hist = measured(x.to(dtype), limits=(290., 310.))
+        wide = x.to(dtype).double()
+        assert abs(mean - wide.mean()) < 1e-3 and abs(std/wide.std(correction=0) - 1) < 1e-4 and dead == 0 and abs(hist.sum() - 1) < 1e-5
+
+
+def test_a_model_in_data_parallel_is_watched():
+    stats = ActivationStats(lambda m: m.module)
+    train(nn.DataParallel(simple_cnn((4,))), [stats])
+    assert stats.names == ["0", "1"] and stats.means.isfinite().all()
 
 
 def test_pictures_have_labels():
@@ -484,13 +594,39 @@ def test_summary_with_several_inputs():
     for xb in ((x, y), [x, y], dict(right=y, left=x)): assert summary(Several(), xb).rows == want
 
 
+def test_summary_of_half_frozen_and_half_precision():
+    model = simple_cnn((4, 8), 3, norm=nn.BatchNorm2d)
+    model[0].requires_grad_(False)
+    about = summary(model, torch.randn(2, 1, 28, 28))
+    assert about.params - about.trainable == sum(p.numel() for p in model[0].parameters()) > 0
+    for dtype in (torch.float16, torch.bfloat16):
+        half = summary(copy.deepcopy(model).to(dtype), torch.randn(2, 1, 28, 28).to(dtype))
+        assert half.rows == about.rows and half.flops == about.flops
+
+
+def test_summary_leaves_lazy_layers_lazy_and_says_what_to_do():
+    for model in (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), nn.Sequential(nn.LazyConv2d(3, 3), nn.LazyBatchNorm2d())):
+        own = hooks_on(model)                                                      # lazy layers wait with one of their own
+        with pytest.raises(ValueError, match="uninitialized parameter.*Call `forward`"): summary(model, torch.zeros(2, 1, 4, 4))
+        assert isinstance(model[1].weight, nn.parameter.UninitializedParameter) and hooks_on(model) == own
+
+
+def test_summary_guesses_no_work():
+    norm = nn.LayerNorm((6, 4, 4), bias=False)                                     # its weight has three dimensions, like a filter
+    assert summary(norm, torch.randn(2, 6, 4, 4)).rows[0]["flops"] is None
+    assert summary(nn.EmbeddingBag(9, 4), torch.zeros(2, 3, dtype=torch.long)).rows[0]["flops"] is None
+    assert summary(nn.Bilinear(3, 4, 5), (torch.randn(2, 3), torch.randn(2, 4))).rows[0]["flops"] is None
+    normed = summary(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), torch.zeros(2, 4))
+    assert "≥" in str(normed) and normed.params == 4 + 4 + 16
+
+
 class Moody(nn.Module):
     "Draws random numbers, changes a buffer even in evaluation, and replaces another."
     def __init__(self):
         super().__init__()
-        self.register_buffer("count", torch.zeros(())); self.register_buffer("last", torch.zeros(2))
+        self.register_buffer("count", torch.zeros(())); self.register_buffer("last", torch.zeros(2)); self.register_buffer("none", None)
     def forward(self, x):
-        self.count += 1; self.last = torch.rand(3)
+        self.count += 1; self.last = torch.rand(3); self.none = x.mean(); self.register_buffer("late", x.std())
         return x + torch.rand(1)
 
 
@@ -503,6 +639,7 @@ def test_summary_leaves_the_model_as_it_was():
     for a, b in zip(model.state_dict().values(), before.values()): assert torch.equal(a, b)
     assert modes == [m.training for m in model.modules()] and torch.equal(rng, torch.get_rng_state())
     assert not hooks_on(model) and model[3].last is last and all(p.grad is None for p in model.parameters())
+    assert model[3].none is None and not hasattr(model[3], "late") and dict(model.state_dict()).keys() == before.keys()
 
 
 def test_as_found_puts_back_what_a_training_pass_changes_and_bears_errors():

@@ -399,6 +399,36 @@ def test_modes_buffers_gradients_and_identity_are_kept():
     assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
 
 
+def test_frozen_layers_are_set_too_unless_left_out():
+    model, xb = chain(3), torch.randn(60, 24)
+    model[2].requires_grad_(False)
+    frozen = state(model[2])
+    lsuv_(model, xb, layers=[m for m in (model[0], model[4]) if m.weight.requires_grad])
+    test_like(state(model[2]), frozen, rtol=0, atol=0)
+    lsuv_(model, xb); check_unit(model, xb)
+    assert not torch.equal(model[2].weight, frozen["weight"]) and not model[2].weight.requires_grad and "Frozen" in lsuv_.__doc__
+
+
+def test_memory_layout_is_kept():
+    model, xb = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last), torch.randn(6, 3, 9, 9)
+    lsuv_(model, xb.to(memory_format=torch.channels_last)); check_unit(model, xb)
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in model[::2])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_generators_gradients_and_hooks_are_as_before_after_an_error(own):
+    model, xb, heard = chain(2), torch.full((9, 24), math.nan), []
+    model(torch.randn(9, 24)).sum().backward()
+    handle = model[0].register_forward_hook(lambda *args: heard.append(1))
+    grads, g = [p.grad.clone() for p in model.parameters()], torch.Generator().manual_seed(3)
+    mine, everybodys = g.get_state(), torch.get_rng_state()
+    with pytest.raises(ValueError, match="dead or NaN"): lsuv_(model, xb, generator=g if own else None)
+    assert torch.equal(g.get_state(), mine) and torch.equal(torch.get_rng_state(), everybodys)
+    test_like([p.grad for p in model.parameters()], grads, rtol=0, atol=0)
+    assert len(model[0]._forward_hooks) == 1 and heard and torch.is_grad_enabled()
+    handle.remove()
+
+
 def test_random_state_is_kept_where_nothing_is_drawn():
     class Noisy(nn.Module):
         def forward(self, x): return x + torch.randn_like(x)*.01

@@ -4,6 +4,7 @@ import inspect
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -234,7 +235,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="normalized_shape"): LayerNorm(())(torch.randn(3, 4))
 
 
-# --- buffers that were taken away, switched off, or come from long ago -----------------------------------------------------
+# --- buffers that were taken away, switched off, or are missing ------------------------------------------------------------
 
 def test_averages_set_to_none():
     x, outs = torch.randn(4, 3, 5), []
@@ -251,16 +252,24 @@ def test_tracking_switched_off_later():
     close(*(layer.eval()(x) for layer in layers), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cls", [BatchNorm, lambda c: InstanceNorm(c, track_running_stats=True)], ids=["batch", "instance"])
-def test_a_state_without_the_count_of_batches(cls):
-    layer = cls(3)
-    old = {k: v + 1 for k, v in layer.state_dict().items() if k != "num_batches_tracked"}       # as before PyTorch 0.4.1
-    nested = nn.Sequential(layer)
-    nested.load_state_dict({f"0.{k}": v for k, v in old.items()})
-    close(layer.running_mean, torch.ones(3)); close(layer.num_batches_tracked, torch.tensor(0))
-    new = layer.state_dict(); del new["num_batches_tracked"]
-    with pytest.raises(RuntimeError, match="num_batches_tracked"): cls(3).load_state_dict(new)  # a new one that lacks it is damaged
-    with pytest.raises(RuntimeError, match="running_mean"): cls(3).load_state_dict({k: v for k, v in old.items() if k != "running_mean"})
+def test_a_state_without_the_count_of_batches_is_damaged():
+    layer = BatchNorm(3)
+    for name in ("num_batches_tracked", "running_mean"):
+        state = {k: v for k, v in layer.state_dict().items() if k != name}
+        with pytest.raises(RuntimeError, match=name): layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("cls", FOUR)
+def test_evaluation_before_any_training(cls):
+    ours, theirs, x = make(cls).eval(), twin(cls).eval(), 3*torch.randn(4, 6, 4, 4) + 2
+    close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
+
+
+def test_sizes_may_be_numpys():
+    two, six, x = np.int64(2), np.int64(6), torch.randn(4, 6)
+    for layer in (LayerNorm(six), LayerNorm([six]), LayerNorm(n for n in (six,)), BatchNorm(six), GroupNorm(two, six)): assert layer(x).shape == (4, 6)
+    assert LayerNorm((6,))(x).shape == LayerNorm(torch.Size([6]))(x).shape == (4, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -57,7 +57,7 @@ def test_a_gan():
     learn.fit(60)
     aim = target.mean(0)          # the two circle around it, as GANs do: so the mean of many epochs is asked
     assert (torch.stack(means[20:]).mean(0) - aim).norm() < .8 < (means[0] - aim).norm()
-    assert stepped[:4] == [True, False]*2 and len(stepped) == 2*8*60
+    assert stepped[:4] == [True, False]*2 and len(stepped) == 2*8*60 and learn.opt is learn.opts["generator"]
 
 
 def test_a_gan_resumes(tmp_path):
@@ -132,9 +132,32 @@ PROGRAM = """
     import torch.distributed as dist
     from torch import nn
     from exp.callbacks import GradientAccumulation
-    from exp.learner import DataLoaders, Learner, n_processes
+    from exp.learner import DataLoaders, Learner, Metric
     from exp.loaders import DataLoader, TensorDataset
     from exp.training import accuracy, cross_entropy
+
+    class Share(Metric):
+        "Its state is summed."
+        name = "share"
+        def reset(self): self.right, self.n = torch.zeros(()), torch.zeros(())
+        def add(self, pred, yb, weight): self.right += (pred.argmax(1) == yb).sum(); self.n += len(yb)
+        def value(self): return self.right/self.n
+        def state(self): return {"right": self.right, "n": self.n}
+        def load_state(self, state): self.right, self.n = state["right"], state["n"]
+
+    class Median(Metric):
+        "Sums do not do: its states are merged."
+        name = "median"
+        def reset(self): self.seen = []
+        def add(self, pred, yb, weight): self.seen += pred[:, 0].tolist()
+        def value(self): return sorted(self.seen)[len(self.seen)//2]
+        def state(self): return self.seen
+        def merge(self, states): self.seen = [x for seen in states for x in seen]
+
+    class Mute(Metric):
+        "No state: right in one process, an error in several."
+        name = "mute"
+        def value(self): return 7.
 
     def train(bs):
         g = torch.Generator().manual_seed(0)
@@ -142,9 +165,13 @@ PROGRAM = """
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
         dls = DataLoaders(DataLoader(TensorDataset(x[:640], y[:640]), bs, shuffle=True), DataLoader(TensorDataset(x, y), 64))
-        learn = Learner(net, dls, cross_entropy, lr=.2, metrics=accuracy, quiet=True, device="cpu", cbs=GradientAccumulation(1))
+        learn = Learner(net, dls, cross_entropy, lr=.2, metrics=[accuracy, Share(), Median()], quiet=True, device="cpu", cbs=GradientAccumulation(1))
         learn.fit(3)
-        return {"weights": [p.detach() for p in net.parameters()], "rows": [[r[k] for k in ("train_loss", "valid_loss", "accuracy")] for r in learn.history]}
+        rows = [[r[k] for k in ("train_loss", "valid_loss", "accuracy", "share", "median")] for r in learn.history]
+        learn.metrics = [Mute()]
+        try: mute = learn.validate()["mute"]
+        except NotImplementedError as error: mute = str(error)
+        return {"weights": [p.detach() for p in net.parameters()], "rows": rows, "mute": mute}
 
     if __name__ == "__main__":
         torch.set_num_threads(1)
@@ -159,7 +186,7 @@ def test_two_processes_equal_one(tmp_path):
     (tmp_path/"program.py").write_text(textwrap.dedent(PROGRAM))
     start = [subprocess.Popen([sys.executable, tmp_path/"program.py", tmp_path/"meet", str(rank), tmp_path],
                               env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}) for rank in range(2)]
-    assert [p.wait(timeout=120) for p in start] == [0, 0]
+    assert [p.wait(timeout=600) for p in start] == [0, 0]
     import importlib.util
     spec = importlib.util.spec_from_file_location("program", tmp_path/"program.py")
     program = importlib.util.module_from_spec(spec); spec.loader.exec_module(program)
@@ -168,6 +195,7 @@ def test_two_processes_equal_one(tmp_path):
     for got in two:
         for a, b in zip(got["weights"], one["weights"], strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
         torch.testing.assert_close(torch.tensor(got["rows"]), torch.tensor(one["rows"]), rtol=0, atol=1e-6)
+        assert got["mute"] == "metric mute has no state(): several processes need it" and one["mute"] == 7
 
 
 def test_the_programs_use_public_names_only():

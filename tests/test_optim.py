@@ -3,6 +3,7 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -377,7 +378,7 @@ def test_newton_schulz_brings_singular_values_near_one():
 
 
 @pytest.mark.parametrize("options, words", [(dict(adjust_lr_fn="keller"), "adjust_lr_fn is 'keller'.*match_rms"), (dict(lr=0.), "lr is 0.0.*follow"),
-                                            (dict(betas_1d=(.9, 1.)), "betas_1d"), (dict(momentum=-1.), "momentum")])
+                                            (dict(lr_1d=-1.), "ratio_1d"), (dict(momentum=-1.), "momentum")])
 def test_muon_refuses(options, words):
     with pytest.raises(ValueError, match=words): muon([W()], **options)
 
@@ -582,12 +583,12 @@ def test_a_state_that_does_not_fit_changes_nothing():
     before = copy.deepcopy(opt.state_dict())
     good = opt.state_dict()
     half_done = {**good, "state": {0: {k: good["state"][0][k] for k in ("step", "exp_avg")}}}
-    bad = [(trained(adam, ((2, 3),)).state_dict(), "size of optimizer's group"),
-           (trained(adam, ((2, 3), (5,))).state_dict(), r"\(5,\) in state_dict"), (trained(momentum).state_dict(), "another optimizer: look at betas, eps"),
-           (half_done, "another optimizer"), ({**good, "state": {7: {}}}, "parameter 7"),
+    bad = [(trained(adam, ((2, 3),)).state_dict(), r"groups of \[1\] parameters, this optimizer of \[2\]"),
+           (trained(adam, ((2, 3), (5,))).state_dict(), r"exp_avg, exp_avg_sq of a parameter \(4,\)"), (trained(momentum).state_dict(), "another optimizer: look at betas, eps"),
+           (half_done, "exp_avg_sq of a parameter"),
            ({**good, "param_groups": [{**good["param_groups"][0], "lr": -1.}]}, "lr is -1"),
            ({**good, "param_groups": [{**good["param_groups"][0], "amsgrad": True}]}, "amsgrad"),
-           ({**good, "state": trained(rmsprop).state_dict()["state"]}, "square_avg")]
+           ({**good, "state": trained(rmsprop).state_dict()["state"]}, "exp_avg, exp_avg_sq, square_avg of a parameter.*another model or optimizer")]
     for state, words in bad:
         with pytest.raises(ValueError, match=words): opt.load_state_dict(state)
     after = opt.state_dict()
@@ -750,3 +751,262 @@ def test_schedules_per_group_and_resume(tmp_path):
     calm = fit(tmp_path/"calm")
     fit(tmp_path/"struck", stop=Stop())
     close(fit(tmp_path/"struck", resume=tmp_path/"struck"/"last.pt"), calm, rtol=0, atol=0)
+
+
+# --- forms of parameters, ranges, rules of any make ---------------------------------------------------------------------------
+
+def ids(opt): return [[id(p) for p in g["params"]] for g in opt.param_groups]
+
+
+def test_rows_of_parameters_are_groups():
+    a, b, c, d = (W() for _ in range(4))
+    for row in ((a, b), [a, b], iter([a, b]), nn.ParameterList([a, b]), {"x": a, "y": b}.values()):
+        first = [id(p) for p in row] if not hasattr(row, "__next__") else [id(a), id(b)]
+        assert ids(adam([row, (c,), [d]])) == [first, [id(c)], [id(d)]]
+    opt = adam([(("a", a), ("b", b)), [("c", c)], {"params": [("d", d)], "lr": .5}])
+    assert ids(opt) == [[id(a), id(b)], [id(c)], [id(d)]] and [g["param_names"] for g in opt.param_groups] == [["a", "b"], ["c"], ["d"]]
+
+
+@pytest.mark.parametrize("make, error, words", [
+    (lambda a, b: adam([("a", a), ("b", a)]), ValueError, "twice"), (lambda a, b: adam([[("a", a)], [("b", a)]]), ValueError, "more than one"),
+    (lambda a, b: adam(({"params": (p for p in (a, a))},)), ValueError, "twice"), (lambda a, b: adam([("a", a), b]), ValueError, "names"),
+    (lambda a, b: adam({"weight": a, "bias": b}), KeyError, "params"), (lambda a, b: adam([nn.Linear(2, 2), nn.Linear(2, 2)]), TypeError, "one of the params is.*Linear"),
+])
+def test_odd_forms_of_parameters(make, error, words):
+    with pytest.raises(error, match=words): make(W(), W())
+
+
+@pytest.mark.parametrize("make, name, value", [
+    *[(f, "lr", x) for f in ALL for x in (-1e-9, math.nan, math.inf, torch.tensor(-1.))], *[(f, "weight_decay", -.1) for f in ALL if f is not lars],
+    *[(f, "betas", x) for f in (adam, adamw, radam, lamb) for x in ((1., .9), (.9, 1.), (.9, 2.), (-.1, .9), (.9, math.nan))],
+    *[(f, "eps", -1e-9) for f in (rmsprop, adagrad, adam, adamw, radam, lamb, muon)], *[(f, "momentum", -.1) for f in (sgd, momentum, rmsprop, lars, muon)],
+    (rmsprop, "alpha", 1.), (rmsprop, "alpha", -.1), (momentum, "dampening", math.nan), (lars, "trust", -1.), (adagrad, "lr_decay", -1.), (adagrad, "initial_accumulator_value", -1.),
+], ids=lambda x: getattr(x, "__name__", str(x)))
+def test_ranges_of_hypers(make, name, value):
+    "By argument, in a group, and in a saved state; 0 is always allowed."
+    with pytest.raises(ValueError, match=f"{name} is"): make([W()], **{name: value})
+    with pytest.raises(ValueError, match=f"{name} is"): make([{"params": [W()], name: value}])
+    opt = make([W()])
+    saved = opt.state_dict()
+    saved["param_groups"][0][name] = value
+    with pytest.raises(ValueError, match=f"{name} is"): opt.load_state_dict(saved)
+    assert opt.param_groups[0][name] is not value
+    make([{"params": [W()], name: (0., 0.) if name == "betas" else 0.}])
+
+
+@pytest.mark.parametrize("betas", [(.9,), (.9, .99, .999)])
+def test_betas_are_two(betas):
+    with pytest.raises(ValueError, match="values to unpack"): adam([W()], betas=betas)
+
+
+def test_partials_lambdas_and_callables_are_rules():
+    @elementwise
+    def scaled(s, h, by): s.g = s.g*by
+    def doubled(s, h, by): s.g = s.g*2*by
+    class Halve:
+        elementwise = True
+        def __call__(self, s, h): s.g = s.g/2
+    def make(rule): ps = [torch.zeros(3, requires_grad=True)]; return ps[0], Optimizer(ps, [rule], [sgd_step], lr=1.)
+    for rule, move in ((partial(scaled, by=3.), -3.), (lambda s, h: setattr(s, "g", s.g*5), -5.), (Halve(), -.5)):
+        p, opt = make(rule)
+        p.grad = torch.ones(3); opt.step()
+        assert p.tolist() == [move]*3
+        q, twin = make(rule); twin.load_state_dict(opt.state_dict())
+        assert twin.state[q]["step"] == 1
+    assert make(partial(scaled, by=3.))[1].state_dict()["param_groups"][0]["rules"] == ["scaled", "sgd_step"]
+    with pytest.raises(ValueError, match="look at rules"): make(partial(doubled, by=3.))[1].load_state_dict(make(partial(scaled, by=3.))[1].state_dict())
+
+
+# --- every number the same, however it is handed out --------------------------------------------------------------------------
+
+RULES = [rule for rule in vars(optim).values() if getattr(rule, "elementwise", False)]
+HYPERS = dict(lr=.01, momentum=.9, dampening=.2, weight_decay=.1, nesterov=False, alpha=.9, eps=1e-3, centered=True, lr_decay=.1, initial_accumulator_value=.1, betas=(.9, .99))
+
+
+def test_the_marked_rules():
+    assert {r.__name__ for r in RULES} == {"sgd_step", "momentum_step", "rmsprop_step", "adagrad_step", "average", "average_squares", "adam_step", "radam_step", "l2", "decay"}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda f: f.__name__)
+@given(st.data())
+@settings(max_examples=10)
+def test_elementwise_rules_are_invariant_to_any_partition(rule, data):
+    "Any shuffle of the numbers, cut anywhere, with any step: each number comes out the same."
+    n, step = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 20))
+    order = torch.tensor(data.draw(st.permutations(range(n))))
+    cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=4)))
+    g, names = torch.Generator().manual_seed(n), ("p", "g", "momentum_buffer", "square_avg", "grad_avg", "sum", "exp_avg", "exp_avg_sq")
+    whole = {k: torch.rand(n, generator=g, dtype=torch.float64) + (k == "square_avg") for k in names}
+    pieces = [dict(zip(names, ts)) for ts in zip(*(torch.tensor_split(whole[k][order].clone(), cuts) for k in names))]
+    def call(tensors):
+        s = SimpleNamespace(**tensors, step=step, fresh=frozenset())
+        rule(s, SimpleNamespace(**HYPERS)); return vars(s)
+    right, got = call(dict(whole)), [call(piece) for piece in pieces]
+    for k in names: close(torch.cat([s[k] for s in got]), right[k][order], rtol=1e-12, atol=1e-13)
+
+
+LAYOUTS = [lambda x: x, lambda x: x.to(memory_format=torch.channels_last), lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+           lambda x: torch.zeros(2*x.shape[0], *x.shape[1:], dtype=x.dtype)[::2].copy_(x)]
+
+
+@given(st.lists(st.tuples(st.sampled_from(range(4)), st.sampled_from(range(4)), st.integers(0, 3), st.booleans()), min_size=1, max_size=7), st.sampled_from([rmsprop, adam, momentum]),
+       st.sampled_from([3, 30, 10**6]))
+@settings(max_examples=25)
+def test_joined_and_sliced_are_one_by_one(kinds, make, block):
+    "Parameters of all layouts, gradients of all layouts, of different ages, some with a memory that others lack, and some that share a storage."
+    def run(hand_out):
+        pool, ps = torch.linspace(-1, 1, 24*len(kinds), dtype=torch.float64), []
+        for i, (layout, _, _, shared) in enumerate(kinds):
+            start = 12*i if shared else 0                                      # halves of neighbours overlap
+            x = pool[start:start + 24].view(2, 3, 2, 2) if shared else torch.linspace(0, 1, 24, dtype=torch.float64).view(2, 3, 2, 2)
+            ps.append((x if shared else LAYOUTS[layout](x)).requires_grad_())
+        opt = make(ps, lr=.01, weight_decay=.1)
+        opt.hand_out = lambda parts, rules: hand_out(parts)
+        for step in range(4):
+            for i, (p, (_, layout, age, _)) in enumerate(zip(ps, kinds)):
+                p.grad = LAYOUTS[layout](torch.linspace(-1, i + step, 24, dtype=torch.float64).view(2, 3, 2, 2)) if step >= age else None
+            if step == 2 and "momentum" in opt.defaults: opt.param_groups[0]["momentum"] = .5
+            opt.step()
+        return [p.detach().contiguous() for p in ps]
+    before = optim.BLOCK
+    try:
+        optim.BLOCK = block
+        right = run(one_by_one)
+        close(run(joined), right, rtol=1e-12, atol=1e-13)
+        close(run(lambda parts: one_by_one(sliced(parts))), right, rtol=1e-12, atol=1e-13)
+    finally: optim.BLOCK = before
+
+
+def test_parameters_that_overlap_in_one_storage_are_not_joined():
+    "The second step must see what the first one did to the numbers they share."
+    pool = torch.zeros(10)
+    a, b = pool[:6].requires_grad_(), pool[4:].requires_grad_()
+    opt = Optimizer([a, b], [], [sgd_step], lr=1.); opt.hand_out = lambda parts, rules: joined(parts)
+    a.grad, b.grad = torch.ones(6), torch.ones(6); opt.step()
+    assert pool.tolist() == [-1.]*4 + [-2.]*2 + [-1.]*4
+
+
+@pytest.mark.parametrize("make", ALL, ids=lambda f: f.__name__)
+def test_devices_may_differ_in_a_group(make):
+    "Meta tensors stand for another device: what is on the CPU moves as if it were alone."
+    (a, b), (c,) = weights([(3, 4), (3, 4)], torch.float32), weights([(3, 4)], torch.float32)
+    away = torch.empty(3, 4, device="meta", requires_grad=True)
+    mixed, alone = make([a, away, b], lr=.01), make([c], lr=.01)
+    for i in range(3):
+        fill([a, c], i, freeze=False); c.grad, b.grad, away.grad = a.grad.clone(), a.grad.clone(), torch.empty(3, 4, device="meta")
+        mixed.step(); alone.step()
+    assert torch.equal(a, c) and {m.device.type for n, m in mixed.state[away].items() if n != "step"} <= {"meta"}
+
+
+# --- random options, and times without a gradient ------------------------------------------------------------------------------
+
+UNIT, SMALL = st.floats(0, .99), st.floats(0, .3)
+OPTIONS = {sgd: dict(momentum=UNIT, dampening=UNIT, weight_decay=SMALL), rmsprop: dict(alpha=UNIT, eps=st.floats(1e-6, 1), weight_decay=SMALL, momentum=UNIT, centered=st.booleans()),
+           adagrad: dict(lr_decay=UNIT, weight_decay=SMALL, initial_accumulator_value=UNIT, eps=st.floats(1e-8, 1)),
+           **dict.fromkeys((adam, adamw, radam), dict(betas=st.tuples(UNIT, UNIT), eps=st.floats(1e-6, 1), weight_decay=SMALL))}
+OPTIONS[momentum] = OPTIONS[sgd]
+
+
+@pytest.mark.parametrize("ours, theirs", [(p[0], p[1]) for p in PAIRS], ids=lambda x: x.__name__)
+@given(st.data())
+@settings(max_examples=4)
+def test_any_options_are_pytorchs(ours, theirs, data):
+    "100 steps of small parameters, each frozen for some of them: it keeps its own count."
+    options = {"lr": .01, **{n: data.draw(values, n) for n, values in OPTIONS[ours].items()}}
+    frozen = data.draw(st.sets(st.integers(0, 99), max_size=30))
+    if options.get("centered"): options["alpha"] = max(options["alpha"], .5)          # v - m² far from rounding
+    def run(make):
+        ps = weights([(2, 2), ()]); opt = make(ps, **options)
+        for i in range(100):
+            fill(ps, i, freeze=False)
+            if i in frozen: ps[i % 2].grad = None
+            opt.step()
+        return ps, opt
+    (ps, mine), (qs, _) = run(ours), run(theirs)
+    close([p.detach() for p in ps], [q.detach() for q in qs], rtol=1e-6, atol=1e-6)
+    for k, p in enumerate(ps): assert mine.state[p]["step"] == 100 - sum(i % 2 == k for i in frozen)
+
+
+@pytest.mark.parametrize("ours, theirs", [(p[0], p[1]) for p in PAIRS], ids=lambda x: x.__name__)
+def test_a_group_added_midway(ours, theirs):
+    def run(make):
+        ps = weights([(2, 3), (4,)]); opt = make(ps[:1], lr=.01)
+        for i in range(10):
+            if i == 4: opt.add_param_group({"params": ps[1], "lr": .1})
+            fill(ps, i, freeze=False); opt.step()
+        return [p.detach() for p in ps]
+    if ours is momentum: theirs = partial(theirs, momentum=.9)
+    close(run(ours), run(theirs), rtol=1e-9, atol=1e-9)
+
+
+def test_a_closure_makes_the_gradients_of_its_step():
+    def run(make):
+        p = torch.tensor([1., 2.], dtype=torch.float64, requires_grad=True); opt = make([p], lr=.1); losses = []
+        def closure():
+            assert torch.is_grad_enabled(); opt.zero_grad()
+            loss = p.square().sum(); loss.backward(); return loss
+        with torch.no_grad():
+            for _ in range(5): losses.append(opt.step(closure).item())
+        return p.detach(), torch.tensor(losses)
+    close(run(adamw), run(torch.optim.AdamW), rtol=1e-9, atol=1e-9)
+    p = W(); opt = adam([p]); p.grad = torch.ones(2)
+    def fails(): raise OverflowError("on purpose")
+    with pytest.raises(OverflowError): opt.step(fails)
+    assert not opt.state and p.tolist() == [0., 0.]
+
+
+# --- states that do not mean the same, both ways -------------------------------------------------------------------------------
+
+THEIRS = [getattr(torch.optim, n) for n in ("SGD", "RMSprop", "Adagrad", "Adam", "AdamW", "RAdam", "NAdam", "Adamax", "Adadelta", "ASGD", "Rprop", "Adafactor", "SparseAdam", "Muon") if hasattr(torch.optim, n)]
+FITTING = {(torch.optim.SGD, sgd), (torch.optim.SGD, momentum), *((p[1], p[0]) for p in PAIRS), (sgd, momentum), (momentum, sgd), *((f, f) for f in ALL),
+           *([(torch.optim.Muon, muon)] if hasattr(torch.optim, "Muon") else [])}
+
+
+@pytest.mark.parametrize("into", ALL, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("started", [True, False], ids=["started", "fresh"])
+def test_only_what_means_the_same_is_taken(into, started):
+    "From every optimizer of PyTorch, and every one of ours; a fresh state, too, has hypers to misunderstand."
+    for saved in (*THEIRS, *ALL):
+        opt = saved(weights([(3, 2)], torch.float32), lr=.01)
+        if started and saved is not getattr(torch.optim, "SparseAdam", 0): fill(opt.param_groups[0]["params"], 0, freeze=False); opt.step()
+        mine = into(weights([(3, 2)], torch.float32))
+        if (saved, into) in FITTING: mine.load_state_dict(opt.state_dict()); continue
+        before = copy.deepcopy(mine.state_dict())
+        with pytest.raises(ValueError, match="another optimizer"): mine.load_state_dict(opt.state_dict())
+        assert mine.state_dict() == before, (saved, "changed something")
+
+
+def test_a_state_that_lacks_something():
+    "A state of only a step, or without one, would go on from zeros as if they were averages."
+    good = trained(adam).state_dict()
+    for names, words in ((("step",), "exp_avg, exp_avg_sq"), (("step", "exp_avg"), "exp_avg_sq"), (("exp_avg", "exp_avg_sq"), "step")):
+        half = {**good, "state": {**good["state"], 1: {n: good["state"][1][n] for n in names}}}
+        with pytest.raises(ValueError, match=f"^{words} of a parameter \\(4,\\) does not fit"): trained(adam).load_state_dict(half)
+    plain = trained(sgd)                                     # which remembers nothing but its step
+    twin = sgd(weights([(2, 3), (4,)])); twin.load_state_dict(plain.state_dict())
+    assert [s for s in twin.state.values()] == [{"step": 2}]*2
+    partly = {**good, "state": {0: good["state"][0], 1: {}}}
+    twin = adam(weights([(2, 3), (4,)])); twin.load_state_dict(partly); assert len(twin.state) == 1
+
+
+def test_sizes_of_groups_are_named():
+    one, two = trained(adam), trained(lambda ps: adam([ps[:1], ps[1:]]))
+    with pytest.raises(ValueError, match=r"groups of \[1, 1\] parameters, this optimizer of \[2\]"): one.load_state_dict(two.state_dict())
+    with pytest.raises(ValueError, match=r"groups of \[2\] parameters, this optimizer of \[1, 1\]"): two.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_travels_to_pytorch_and_back(dtype):
+    "Ours keeps float32 moments, through a file too; PyTorch's are half, and go on from them in single."
+    mine = trained(adamw, dtype=dtype)
+    file = io.BytesIO(); torch.save(mine.state_dict(), file); file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert {m.dtype for s in saved["state"].values() for n, m in s.items() if n != "step"} == {torch.float32}
+    ps = weights([(2, 3), (4,)], dtype)
+    theirs = torch.optim.AdamW(ps); theirs.load_state_dict(saved)
+    fill(ps, 2, freeze=False); theirs.step()
+    qs = weights([(2, 3), (4,)], dtype)
+    back = adamw(qs); back.load_state_dict(theirs.state_dict())
+    for p, q in zip(ps, qs):
+        assert back.state[q]["step"] == 3
+        for n in ("exp_avg", "exp_avg_sq"): assert back.state[q][n].dtype == torch.float32 and torch.equal(back.state[q][n], theirs.state[p][n].float())

@@ -104,6 +104,24 @@ def test_a_photo_of_pillow_is_drawn():
     assert drawn(plots.show_image(Image.new("RGB", (3, 2), (255, 0, 51)))).tolist() == [[[1., 0., np.float32(.2)]]*3]*2
 
 
+@pytest.mark.parametrize("mode, colour, grey", [("P", (255, 0, 51), None), ("CMYK", (255, 0, 51), None), ("LA", None, 51), ("L", None, 51), ("1", None, 255)])
+def test_photos_of_any_mode_keep_their_colours(mode, colour, grey):
+    from PIL import Image
+    im = Image.new("RGB", (5, 6), colour).convert(mode) if colour else Image.new("L", (5, 6), grey).convert(mode)
+    got = drawn(plots.show_image(im))
+    assert got.shape[:2] == (6, 5)
+    for pixel in got.reshape(30, -1): np.testing.assert_allclose(pixel, np.float32(colour or grey)/255, atol=.02)
+
+
+@pytest.mark.parametrize("bright", [[[np.nan, 200.]], [[np.inf, 0.]], [[-np.inf, 17.]]])
+def test_nan_hides_no_wrong_range(bright):
+    with pytest.raises(ValueError, match="divide it first"): plots.show_image(np.float32(bright))
+
+
+def test_positions_are_one_row():
+    with pytest.raises(ValueError, match="unpack"): plots.plot_lines({"a": [1, 2]}, [[1, 2], [3, 4]], xlabel="x", ylabel="y", title="t")
+
+
 def test_nothing_given_is_changed():
     im, y = torch.tensor([[-1., 2.]]), np.array([[1., 2.], [3., 4.]])
     plots.show_image(im); plots.plot_lines({"y": y}, xlabel="x", ylabel="y", title="t")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler as T
 
 from exp import learner as L, schedule as S
-from exp.callbacks import CSVLogger, EarlyStopping, Recorder, TerminateOnNaN, ValidateEvery
+from exp.callbacks import EMA, CSVLogger, EarlyStopping, GradientAccumulation, GradientClip, Recorder, TerminateOnNaN, ValidateEvery, read_hyper
 from exp.checkpoints import SaveCheckpoint
 from exp.loaders import DataLoader, TensorDataset
 from exp.training import SGD, cross_entropy
@@ -131,6 +131,16 @@ def test_a_border_belongs_to_the_next_piece(n_pieces, per_piece):
     assert all(whole(i/n) == pytest.approx(1 - (i % per_piece)/per_piece, abs=1e-6) for i in range(n))
 
 
+def test_the_ends():
+    "At position 0 and 1, and just beyond by rounding, every schedule has the value it was told."
+    for schedule, first, last in ((S.combine([1.], [S.linear(2, 5)]), 2, 5), (S.combine([.1]*10, [S.linear(1, 3)]*10), 1, 3), (S.warm_up(S.cosine(1, 0)), .04, 0),
+                                  (S.cyclical(.1, 1, 7, .5), .1, .1), (S.warm_restarts(1, .2, 3, 2.), 1, .2), (S.combine([1/3]*3, [S.exponential(1, .1)]*3), 1, .1)):
+        for p, want in ((0, first), (0., first), (1, last), (1., last), (1 + 1e-12, last)): assert schedule(p) == pytest.approx(want, rel=1e-12, abs=1e-15)
+    cycle = S.one_cycle(.5, base_momentum=.8, max_momentum=.9, div_factor=10., final_div_factor=100.).schedules
+    for p, lr, momentum in ((0, .05, .9), (.3, .5, .8), (1, 5e-4, .9)):
+        assert cycle["lr"](p) == pytest.approx(lr, rel=1e-12) and cycle["momentum"](p) == pytest.approx(momentum, rel=1e-12)
+
+
 def test_combine_nests():
     inner = S.combine([.5, .5], [S.linear(0, 1), S.linear(1, 2)])
     assert S.combine([.2, .8], [S.constant(0), inner])(.6) == pytest.approx(1)
@@ -222,6 +232,68 @@ def test_each_group_has_its_own():
     assert [gs[1]["lr"]/gs[0]["lr"] for gs in notes.seen[:5]] == [pytest.approx(2)]*5
 
 
+class Interrupt(L.Callback):
+    "Skips steps, cancels batches and cuts the first epoch short."
+    order = 5
+    def before_step(self, learn): learn.skip_step = learn.batch == 1
+    def after_pred(self, learn):
+        if learn.training and (learn.epoch, learn.batch) in ((0, 2), (1, 0)): raise L.CancelBatch
+        if learn.training and (learn.epoch, learn.batch) == (0, 3): raise L.CancelEpoch
+
+
+def test_schedules_go_by_position():
+    "A skipped step, a cancelled batch or epoch, an accumulated gradient: a batch has the rate of its place all the same."
+    for extra in ([], [GradientAccumulation(2)], [ValidateEvery(2)]):
+        rates = {}
+        class Note(L.Callback):
+            order = 50
+            def before_batch(self, learn):
+                if learn.training: rates[learn.epoch, learn.batch] = learn.groups[0]["lr"]
+        make([Interrupt(), Note(), *extra]).fit(3, cbs=S.ParamScheduler(lr=S.linear(1, 0)))
+        assert rates == {(e, b): pytest.approx(1 - (5*e + b)/15) for e in range(3) for b in range(5) if (e, b) != (0, 4)}
+
+
+def test_one_batch_has_the_first_value():
+    notes = Groups()
+    learn = make([notes], dls=L.DataLoaders(batches(8)))
+    learn.fit(1, cbs=S.one_cycle(.5))
+    assert [(g["lr"], g["momentum"]) for g, in notes.seen] == [(pytest.approx(.02), .95)] and learn.groups[0]["lr"] == .1
+    learn.fit(2, cbs=S.ParamScheduler(lr=S.combine([.5, .5], [S.constant(.3), S.constant(.7)])))
+    assert [g["lr"] for g, in notes.seen] == [.3, .7]
+
+
+def test_one_cycle_with_accumulation_steps_at_the_rate_of_the_batch_that_fills_the_window():
+    used = []
+    class Note(L.Callback):
+        def before_step(self, learn): used.append((learn.batch, learn.groups[0]["lr"]))
+    make([GradientAccumulation(2), Note()]).fit(2, cbs=S.one_cycle(.5))
+    cycle = S.one_cycle(.5).schedules["lr"]
+    assert used == [(b, pytest.approx(cycle((5*e + b)/10))) for e in (0, 1) for b in (1, 3, 4)]
+
+
+def test_an_optional_value_may_pass_through_zero():
+    notes = Groups()
+    make([notes], dls=L.DataLoaders(batches())).fit(2, cbs=S.ParamScheduler(optional=("momentum",), momentum=S.linear(0, 1)))
+    assert [g["momentum"] for g, in notes.seen] == pytest.approx([i/10 for i in range(10)])
+    make([notes], dls=L.DataLoaders(batches())).fit(1, cbs=S.one_cycle(.1, pct_start=.4, base_momentum=0.))
+    assert [g["momentum"] for g, in notes.seen][2] == 0 < notes.seen[3][0]["momentum"], "0 at the top, and up again"
+
+
+def test_a_rate_below_zero_climbs_no_hill():
+    with pytest.raises(ValueError, match="rates of 0 or more"): make().fit(1, cbs=S.ParamScheduler(lr=S.linear(.1, -.1)))
+    with pytest.raises(ValueError, match="2 schedules for 1 groups"): make().fit(1, cbs=S.ParamScheduler(optional=("momentum",), momentum=[S.constant(.9)]*2))
+
+
+def test_a_scheduler_added_in_the_middle_goes_by_position_too():
+    notes, late = Groups(), S.ParamScheduler(lr=S.linear(1, 0))
+    learn = make([notes], dls=L.DataLoaders(batches()))
+    class Add(L.Callback):
+        def after_batch(self, learn):
+            if learn.batch == 1 and late not in learn.cbs: learn.add_cb(late)
+    learn.fit(1, cbs=Add())
+    assert [g["lr"] for g, in notes.seen] == pytest.approx([.1, .1, .6, .4, .2]) and learn.groups[0]["lr"] == .1
+
+
 @pytest.mark.parametrize("schedules, opt_func, words", [
     (dict(momentun=S.constant(.9)), momentum_sgd, "no 'momentun' to schedule: it has .*momentum"),
     (dict(momentum=S.constant(.9)), SGD, "no 'momentum' to schedule: it has lr"),
@@ -247,7 +319,7 @@ def test_one_schedule_is_for_the_last_group_and_the_others_keep_their_ratio():
     found = S.lr_find(learn, n_batches=20)
     assert found.lrs[-1] == pytest.approx(10.) or found.losses[-1] > found.losses[0], "the rates are the last group's"
     zero = L.Learner(model(), L.DataLoaders(batches()), cross_entropy, momentum_sgd, [.1, 0.], splitter=halves, quiet=True, device="cpu")
-    with pytest.raises(ValueError, match="give a list"): zero.fit(1, cbs=S.one_cycle(.1))
+    with pytest.raises(ValueError, match="give lr a list"): zero.fit(1, cbs=S.one_cycle(.1))
 
 
 class NoLen:
@@ -298,13 +370,13 @@ def test_one_cycle_fits_every_optimizer_and_wakes_no_momentum(opt_func):
     notes = Groups()
     learn = make([notes], opt_func)
     learn.fit(4, cbs=S.one_cycle(.1))
-    momenta = {S.read_hyper(g, "momentum") for gs in notes.seen for g in gs}
+    momenta = {read_hyper(g, "momentum") for gs in notes.seen for g in gs}
     has = opt_func in (two_groups, torch.optim.AdamW)
     assert (max(momenta) == .95 and min(momenta) < .86) if has else momenta <= {None, 0}
     assert max(g["lr"] for gs in notes.seen for g in gs) == pytest.approx(.1, rel=.01)
     learn.fit(1, cbs=S.one_cycle(.1, cycle_momentum=False))
     assert all("betas" not in g or g["betas"] == (.9, .999) for gs in notes.seen for g in gs)
-    assert {S.read_hyper(g, "momentum") for gs in notes.seen for g in gs} <= {None, 0, .9}
+    assert {read_hyper(g, "momentum") for gs in notes.seen for g in gs} <= {None, 0, .9}
 
 
 def test_a_silent_momentum_stays_silent():
@@ -349,6 +421,25 @@ def test_a_resumed_schedule_is_bit_identical(tmp_path, epoch, event, opt_func):
     random.seed(5); np.random.seed(5); torch.manual_seed(5)
     resumed = run(tmp_path/"cut", 9, tmp_path/"cut"/"last.pt")
     assert same(calm[0], resumed[0]) and calm[1:] == resumed[1:]
+
+
+@pytest.mark.parametrize("lr", [S.cosine(.4, .1), [S.linear(.01, .02), S.linear(.2, .1)]])
+def test_a_resumed_schedule_of_groups(tmp_path, lr):
+    "One schedule means the last group, in the ratio of the base rates of the first run, not of the new learner's."
+    def run(folder, n, rates=(.5, .1), resume=None, fit_lr=None):
+        rec = Recorder()
+        learn = L.Learner(model(), L.DataLoaders(batches()), cross_entropy, momentum_sgd, list(rates), splitter=halves, quiet=True, device="cpu")
+        learn.fit(n, fit_lr, cbs=[S.ParamScheduler(lr=lr, momentum=S.linear(.9, .8)), rec, SaveCheckpoint(folder, "train_loss")], resume=resume)
+        return rec.all_lrs, rec.momenta, bits(learn.model)[:2], [g["lr"] for g in learn.groups]
+    class Stop(L.Callback):
+        order = 200
+        def after_epoch(self, learn): raise L.CancelFit
+    calm = run(tmp_path/"calm", 3, fit_lr=[.03, .3])
+    learn = L.Learner(model(), L.DataLoaders(batches()), cross_entropy, momentum_sgd, [.5, .1], splitter=halves, quiet=True, device="cpu")
+    learn.fit(3, [.03, .3], cbs=[S.ParamScheduler(lr=lr, momentum=S.linear(.9, .8)), Recorder(), SaveCheckpoint(tmp_path/"cut", "train_loss"), Stop()])
+    again = run(tmp_path/"cut", 3, (.7, .7), resume=tmp_path/"cut"/"last.pt")
+    assert calm[0] == again[0] and calm[1] == again[1] and calm[3] == again[3] == [.03, .3]
+    if callable(lr): assert all(a/b == pytest.approx(.1) for a, b in calm[0])
 
 
 def test_equals_pytorchs_scheduler_in_a_loop_by_hand():
@@ -416,6 +507,71 @@ def test_lr_find_leaves_no_trace_when_the_loss_explodes():
     assert state(regression) == before
     assert len(found.lrs) < 100 and found.losses[-1] > 3*min(found.smooth)
     assert all(math.isfinite(loss) for loss in found.losses)
+
+
+class Files:
+    "A loader that holds something open while it is read."
+    open, chance = 0, None
+    def __init__(self): self.generator = torch.Generator().manual_seed(1)
+    def __len__(self): return 5
+    def __iter__(self):
+        Files.open += 1
+        torch.rand(1, generator=self.generator)
+        try: yield from batches()
+        finally: Files.open -= 1
+
+
+@pytest.mark.parametrize("error", [None, L.CancelFit(), KeyboardInterrupt(), ZeroDivisionError()])
+def test_lr_find_closes_and_puts_back_whatever_ends_it(error):
+    "With everything that shapes a training at work, after a fit that failed, and with a metric that no copy can be made of."
+    class Ends(L.Callback):
+        def before_step(self, learn):
+            if error and learn.n_batches == 23 and learn.batch >= 9: raise error
+    class Locked(L.Metric):
+        name, lower_is_better = "locked", True
+        def __init__(self): self.lock = open(__file__)
+        def value(self): return 0.
+    locked = Locked()
+    cbs = [EMA(.9), GradientAccumulation(2), GradientClip(1.), TerminateOnNaN(), ValidateEvery(2), Recorder(), S.one_cycle(.1), Ends()]
+    learn = L.Learner(model(), L.DataLoaders(Files(), batches(16)), cross_entropy, momentum_sgd, .1, cbs, [locked], quiet=True, device="cpu")
+    learn.fit(1)
+    fail = Raise(MemoryError())
+    with pytest.raises(MemoryError): learn.fit(1, cbs=fail)
+    assert learn.pred is not None and learn.xb is not None, "kept to be looked at"
+    before = state(learn)
+    before.pop("cbs"); kept = [id(cb) for cb in learn.cbs]
+    average, losses = [x.clone() for x in learn.cb(EMA).average.values()], [*learn.cb(Recorder).losses]
+    if isinstance(error, (KeyboardInterrupt, ZeroDivisionError)):
+        with pytest.raises(type(error)): S.lr_find(learn, n_batches=23)
+    else: assert len(S.lr_find(learn, n_batches=23).lrs) == (10 if error else 23)
+    after = state(learn); after.pop("cbs")
+    for key in before: assert before[key] == after[key], key
+    assert kept == [id(cb) for cb in learn.cbs] and same(average, learn.cb(EMA).average.values()) and losses == learn.cb(Recorder).losses
+    assert Files.open == 0
+    locked.lock.close()
+
+
+@pytest.mark.parametrize("event", ["before_epoch", "before_batch", "after_loss", "after_step", "after_batch", "after_epoch"])
+def test_lr_find_inside_a_fit_is_refused(event):
+    class Look(L.Callback): "Asks in the middle."
+    setattr(Look, event, lambda self, learn: S.lr_find(learn, n_batches=10))
+    with pytest.raises(RuntimeError, match="fit was called inside a fit"): make([Look()]).fit(1)
+
+
+def test_a_loader_of_unknown_length_can_be_tested_though_not_scheduled():
+    found = S.lr_find(make(dls=L.DataLoaders(NoLen(), batches(16))), high=1., n_batches=12)
+    assert len(found.lrs) == 12 and found.lrs[-1] == pytest.approx(1.)
+    assert len(S.lr_find(make(dls=L.DataLoaders(WrongLen())), high=1., n_batches=12).lrs) == 12
+
+
+def test_accumulation_is_at_work_in_the_range_test():
+    class Steps(L.Callback):
+        def __init__(self): self.seen = []
+        def after_step(self, learn): self.seen.append(learn.batch)
+        def __deepcopy__(self, memo): return self
+    steps = Steps()
+    S.lr_find(make([GradientAccumulation(4), steps], dls=L.DataLoaders(batches(400))), high=1e-3, n_batches=10)
+    assert steps.seen == [3, 7, 9]
 
 
 def test_fits_after_it_as_without_it():

@@ -25,6 +25,19 @@ def test_bad_seed_is_named(seed):
     assert random.getstate() == state, "nothing is seeded by half"
 
 
+@pytest.mark.parametrize("seed", [np.int64(3), np.uint8(3), torch.tensor(3), np.array(3)])
+def test_a_seed_is_any_whole_number(seed):
+    setup.set_seed(3); expected = random.random(), np.random.rand(), torch.rand(1).item()
+    setup.set_seed(seed); assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+@pytest.mark.parametrize("seed", [1.5, 1., "1", None, torch.tensor(1.), [1, 2]])
+def test_what_is_no_whole_number_seeds_nothing(seed):
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    with pytest.raises(TypeError): setup.set_seed(seed)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
 @pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
 def test_default_device_order(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)

@@ -109,6 +109,16 @@ def test_losses_refuse_other_shapes(func, logits, targets, words):
     with pytest.raises(ValueError, match=words): func(logits, targets)
 
 
+@pytest.mark.parametrize("logits, targets", [((4, 1), (4,)), ((4,), (4,)), ((4, 1, 5), (4, 5)), ((), ())])
+def test_accuracy_of_one_score_is_refused(logits, targets):
+    with pytest.raises(ValueError, match="one score has no largest; compare logits > 0"): accuracy(torch.randn(logits), torch.ones(targets))
+
+
+def test_one_item_without_its_batch_is_refused():
+    for f in (nll, cross_entropy):
+        with pytest.raises(IndexError, match="[Dd]imension"): f(torch.randn(10), torch.tensor(3))
+
+
 def test_losses_refuse_other_types():
     for f in (nll, cross_entropy):
         with pytest.raises(TypeError, match="long"): f(torch.randn(4, 3), torch.zeros(4))
@@ -131,8 +141,10 @@ def test_parameter_is_a_leaf_with_a_badge():
     assert p.requires_grad and p.is_leaf and isinstance(p, nn.Parameter) and p.data_ptr() == base.data_ptr()
     assert type(p + 1) is torch.Tensor and type(p.detach()) is torch.Tensor and not Parameter(base, False).requires_grad
     assert repr(p) == repr(nn.Parameter(base))
-    for twin in (copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
-        assert type(twin) is Parameter and twin.requires_grad and torch.equal(twin, p) and twin.data_ptr() != p.data_ptr()
+    for q in (p, Parameter(base, False)):
+        for twin in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+            assert type(twin) is Parameter and twin.is_leaf and twin.requires_grad is q.requires_grad and torch.equal(twin, q) and twin.data_ptr() != q.data_ptr()
+    both = copy.deepcopy([p, p]); assert both[0] is both[1]
     with pytest.raises(RuntimeError, match="floating point"): Parameter(torch.tensor([1]))
 
 
@@ -268,6 +280,12 @@ def test_sequential_is_a_sequence():
     assert [m for m in model.modules()] == [model, *model]
 
 
+def test_sequential_takes_layers_only():
+    for odd in (F.relu, ReLU, nn.ReLU, None, "relu", [ReLU()]):
+        with pytest.raises(TypeError): Sequential(Linear(2, 2), odd)
+    assert len(Sequential(*[ReLU()]*2)) == 2
+
+
 def test_layers_in_a_plain_list_are_noticed():
     class Stack(Module):
         def __init__(self, make): self.layers, self.sizes, self.empty = make(Linear(2, 2) for _ in range(2)), [3, 4], []
@@ -320,6 +338,15 @@ def test_sgd_takes_a_closure():
                                                ([torch.ones(1)], -.1, ValueError), ([torch.ones(1)], float("nan"), ValueError), ([torch.ones(1)], float("inf"), ValueError)])
 def test_sgd_refuses(params, lr, error):
     with pytest.raises(error): SGD(params, lr)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: {"params": Linear(2, 2).parameters()}, "str"), (lambda: Linear(2, 2).state_dict(), "str"), (lambda: [Linear(2, 2), Linear(2, 2)], "Linear"),
+    (lambda: [nn.Linear(2, 2)], "Linear"), (lambda: Linear(2, 2), "Linear.*not iterable"), (lambda: [list(Linear(2, 2).parameters())]*2, "list"),
+    (lambda: Parameter(torch.ones(1)), "iterable of Tensors"), (lambda: [{"params": [Linear(2, 2)]}], "Linear"),
+])
+def test_sgd_says_what_it_was_given_instead_of_tensors(make, words):
+    with pytest.raises(TypeError, match=words): SGD(make())
 
 
 def test_sgd_refuses_a_tensor_in_two_groups():
@@ -380,6 +407,17 @@ def test_fit_switches_modes_and_puts_them_back():
     model.eval()
     with pytest.raises(RuntimeError, match="stop"): fit(1, model, fail, SGD(model.parameters(), .1), dl, dl)
     assert not model.training and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_backward_before_fit_does_not_count():
+    nets = []
+    for stray in (False, True):
+        model = twins(4, 3)[0]
+        if stray: (1e6*model(torch.randn(5, 4)).sum()).backward()
+        fit(1, model, cross_entropy, SGD(model.parameters()), DataLoader(clothes(8), 4), DataLoader(clothes(8), 4))
+        assert all(p.grad is None for p in model.parameters())
+        nets.append(model.state_dict())
+    test_like(*nets, rtol=0, atol=0)
 
 
 def test_fit_without_batches_or_epochs():

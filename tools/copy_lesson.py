@@ -41,7 +41,8 @@ def main():
     path = find(sys.argv[1] if len(sys.argv) == 2 else "")
     exercises = NBS/"exercises"/f"{path.stem}_exercises.ipynb"
     for source in [path, *([exercises] if path.parent == NBS and exercises.exists() else [])]:
-        print(f"{copy(source).relative_to(ROOT)} is yours: git ignores it")
+        target = copy(source)
+        print(f"{target.relative_to(ROOT)} is yours: git ignores it, and make lesson L=my/{target.stem} runs it")
 
 
 if __name__ == "__main__": main()

@@ -38,7 +38,8 @@ def find(name: str) -> Path:
             found = [p for p in sorted(folder.glob("*.ipynb")) if number(p.stem) == number(wanted)]
         if found: return min(found, key=lambda p: (len(p.parts), len(p.name)))
     names = " ".join(p.stem for p in sorted(NBS.glob("[0-9]*.ipynb")))
-    sys.exit(f"no lesson {name!r}: say L=NUMBER or L=NAME, with one of\n{names}")
+    if in_mine: sys.exit(f"there is no {name} yet: make copy L={wanted} puts a copy of that lesson there, out of these\n{names}")
+    sys.exit(f"{f'no lesson {name!r}' if name else 'which lesson?'}: say L=NUMBER or L=NAME, with one of\n{names}")
 
 
 def run(path: Path, timeout: int = 3600, tell=lambda done, of, cell: None):
@@ -47,6 +48,7 @@ def run(path: Path, timeout: int = 3600, tell=lambda done, of, cell: None):
     of = sum(cell.cell_type == "code" for cell in nb.cells)
     place = {id(cell): i for i, cell in enumerate(cell for cell in nb.cells if cell.cell_type == "code")}
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+                            extra_arguments=["--log-level=ERROR"],      # its warnings are not about the lesson
                             on_cell_start=lambda cell, cell_index: id(cell) in place and tell(place[id(cell)], of, cell_index))
     try: client.execute()
     except CellExecutionError as error: return nb, error

@@ -9,22 +9,11 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .init import decided_by_generator
 from ..init import gaussian_mean
 from ..setup import attempt, check_numbers, checker
 
 # %% ../../nbs/exercises/03a_deep_init_exercises.ipynb #e79bc5cd
-def _decided_by_generator(call) -> torch.Tensor:
-    "A draw, and proof that the generator given to `call` decides all of it."
-    seeded = lambda seed: attempt(call, torch.Generator().manual_seed(seed)).clone()
-    state = torch.get_rng_state()
-    first, again, other = seeded(0), seeded(0), seeded(1)
-    untouched = torch.equal(state, torch.get_rng_state())
-    assert untouched, "PyTorch's global generator was used: pass `generator` to every draw"
-    assert torch.equal(first, again), "the same seed gave other numbers: pass `generator` on"
-    assert not torch.equal(first, other), "two seeds gave the same numbers: draw from `generator`"
-    return first
-
-
 @checker
 def check_delta_orthogonal_(
     func,  # your delta_orthogonal_(w, gain=1., generator=None) -> w
@@ -41,7 +30,7 @@ def check_delta_orthogonal_(
         assert worst < 1e-4, (
             f"shape {shape}, gain 2: the centre needs orthogonal columns of length 2; "
             f"off by {worst:.3f}")
-    _decided_by_generator(lambda generator: func(torch.zeros(6, 4, 3), 1., generator))
+    decided_by_generator(lambda generator: func(torch.zeros(6, 4, 3), 1., generator))
     x = torch.randn(2, 5, 9, 9, generator=torch.Generator().manual_seed(2))
     w = attempt(func, torch.zeros(7, 5, 3, 3))
     ratio = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), w).norm() / x.norm()

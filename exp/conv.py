@@ -154,6 +154,8 @@ def init_cnn(
     "Start their weights by Kaiming's rule and their biases at zero."
     for m in model.modules():
         if not isinstance(m, (nn.Conv2d, Conv2d, nn.Linear)): continue
+        if m._parameters.get("weight") is None: raise ValueError(
+            f"{m!r:.60} computes its weight: call init_cnn before weight_norm or pruning")
         init(m.weight, a=leak)
         if m.bias is not None: m.bias.data.zero_()
     return model

@@ -209,7 +209,8 @@ class ActivationStats(Callback):
         sample: int = 5_000,    # values that a histogram counts, about; the rest measures all
         unit_dim: int = 1,      # the dimension of the output that numbers the units, ≥ 1
     ):
-        if unit_dim < 1: raise ValueError(f"unit_dim is {unit_dim}: count from the front, from 1")
+        if min(unit_dim, every, sample) < 1: raise ValueError(
+            f"unit_dim is {unit_dim}, every {every}, sample {sample}: give at least 1 of each")
         self.layers = list(layers) if isinstance(layers, Iterator) else layers
         self.every, self.bins, self.limits = every, bins, limits
         self.sample, self.unit_dim = sample, unit_dim
@@ -228,7 +229,11 @@ class ActivationStats(Callback):
         layers = learn.model if self.layers is None else self.layers
         if not isinstance(layers, nn.Module) and callable(layers): layers = layers(learn.model)
         hooks = Hooks(layers, self._measure)
-        self.names = [hook.name for hook in hooks]
+        names = [hook.name for hook in hooks]
+        if self.names not in ([], names):
+            hooks.remove()
+            raise ValueError(f"layers were {self.names}, now {names}: in one fit, watch the same")
+        self.names = names
         if self.steps[-1:] != [self._step]:
             self.steps.append(self._step)
             self._rows.append({})

@@ -78,9 +78,10 @@ def _settle(run: Callable, units: dict, mean: float | None, std: float, tol: flo
 # %% ../nbs/07_lsuv.ipynb #5d8ff457
 def _begin(biases: dict, orthogonal: bool, generator: torch.Generator | None, undo: ExitStack):
     "Draw the weights to start from, and note how to put everything back."
-    source = generator or torch.default_generator
-    undo.callback(source.set_state, source.get_state())
     for weight in biases:
+        source = generator or (torch.default_generator if weight.device.type != "cuda"
+                               else torch.cuda.default_generators[weight.device.index])
+        undo.callback(source.set_state, source.get_state())
         for p in (weight, *biases[weight]): undo.callback(p.copy_, p.clone())
         if orthogonal:
             orthogonal_(weight, generator=generator)

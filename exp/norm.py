@@ -94,6 +94,11 @@ class BatchNorm(_Norm):
         for name, value in zip(("running_mean", "running_var", "num_batches_tracked"), start):
             self.register_buffer(name, value if track_running_stats else None)
 
+    def reset_parameters(self) -> None:
+        "Start anew: γ, β and the averages."
+        super().reset_parameters()
+        self.reset_running_stats()
+
     def reset_running_stats(self) -> None:
         "Forget what was seen."
         for name, b in self.named_buffers(): b.fill_(name == "running_var")

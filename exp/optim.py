@@ -96,10 +96,15 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict: return super().__getstate__() | {"rules": self.rules}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)   # PyTorch adds it, and no rule of ours has it
+
     @property
     def kept(self) -> dict[str, tuple]:
         "What the rules keep: name -> (when, start)."
-        return {n: k for rule in self.rules for n, k in getattr(rule, "keeps", {}).items()}
+        bare = [getattr(rule, "func", rule) for rule in self.rules]     # inside a partial
+        return {n: k for rule in bare for n, k in getattr(rule, "keeps", {}).items()}
 
     def add_param_group(self, param_group: dict) -> None:
         """Step these parameters too, with hypers that may differ from the defaults.
@@ -197,7 +202,8 @@ def _odd(opt: Optimizer, theirs: dict) -> list[str]:
     theirs = {"rules": signs["rules"] if kin in signs["rules"] else kin} | theirs
     odd = [n for n in opt.defaults if n not in theirs and n != "ratio_1d"]
     odd += [n for n, sign in signs.items() if theirs.get(n, sign) != sign]
-    return odd + [n for n in ("amsgrad", "maximize") if theirs.get(n)]
+    foreign = {"amsgrad", "maximize", "weight_decay"} - opt.defaults.keys()
+    return odd + [n for n in sorted(foreign) if theirs.get(n)]
 
 
 def _fitted(opt: Optimizer, saved: dict) -> tuple[list[dict], dict]:

@@ -1,4 +1,5 @@
 "Convolution against PyTorch's: every knob, values and gradients; and the small CNN."
+import copy
 import math
 from functools import partial
 
@@ -198,3 +199,10 @@ def test_init_cnn_fills_all_and_honours_the_leak():
         assert abs(layer.weight.std()*math.sqrt(fan*(1 + .5**2)/2) - 1) < .05 and (layer.bias == 0).all()
     init_cnn(model, init=lambda w, a: nn.init.constant_(w, 7.))
     assert (model[1].weight == 7).all() and (model[2].weight == 1).all()
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_computed_weight_cannot_be_started(wrap):
+    layer = wrap(nn.Linear(4, 4)); before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match="computes its weight: call init_cnn before"): init_cnn(nn.Sequential(layer))
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())

@@ -433,6 +433,13 @@ def test_stats_say_what_is_wrong():
         with pytest.raises(ValueError, match="no training step was measured"): plot()
     with pytest.raises(ValueError, match="unit_dim is 0"): ActivationStats(unit_dim=0)
     with pytest.raises(ValueError, match="unit_dim is -1"): ActivationStats(unit_dim=-1)
+    with pytest.raises(ValueError, match="every 0"): ActivationStats(every=0)
+    with pytest.raises(ValueError, match="sample 0"): ActivationStats(sample=0)
+    turns = iter([["0"], ["1"]])
+    def changing(model): return {name: model[0] for name in next(turns)}
+    model = simple_cnn((4,))
+    with pytest.raises(ValueError, match="layers were .'0'., now .'1'."): train(model, [ActivationStats(changing)], n=2)
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_half_and_integer_outputs_and_dicts_are_measured():

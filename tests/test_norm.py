@@ -172,7 +172,7 @@ def test_reset():
     for layer in (BatchNorm(6), InstanceNorm(6, affine=True, track_running_stats=True)):
         fresh = copy.deepcopy(layer.state_dict())
         layer(torch.randn(4, 6, 3)); layer.weight.data.fill_(3); layer.bias.data.fill_(3)
-        layer.reset_running_stats(); layer.reset_parameters()
+        layer.reset_parameters()                   # the averages, too, as PyTorch's
         close(layer.state_dict(), fresh)
     BatchNorm(6, affine=False, track_running_stats=False).reset_running_stats()
     BatchNorm(6, affine=False).reset_parameters()

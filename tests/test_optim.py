@@ -1010,3 +1010,29 @@ def test_half_precision_travels_to_pytorch_and_back(dtype):
     for p, q in zip(ps, qs):
         assert back.state[q]["step"] == 3
         for n in ("exp_avg", "exp_avg_sq"): assert back.state[q][n].dtype == torch.float32 and torch.equal(back.state[q][n], theirs.state[p][n].float())
+
+
+@pytest.mark.parametrize("make", [sgd, momentum, rmsprop, adagrad, adam, adamw, radam, lamb, lars, muon])
+def test_a_state_may_be_loaded_twice_into_copies_too(make):
+    p = nn.Parameter(torch.ones(3, 2)); opt = make([p]); p.grad = torch.ones(3, 2); opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    for other in (opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        for _ in range(3): other.load_state_dict(saved)
+        other.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+        assert set(other.param_groups[0]) >= set(other.param_groups[1]) and "differentiable" not in other.param_groups[1]
+
+
+def test_a_partial_of_a_rule_keeps_what_the_rule_keeps():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in "pq")
+    hypers = dict(lr=.1, betas=(.9, .99), eps=1e-8)
+    ours, whole = Optimizer([p], [partial(average), average_squares], [adam_step], **hypers), Optimizer([q], [average, average_squares], [adam_step], **hypers)
+    for _ in range(3):
+        p.grad, q.grad = p.detach()*2, q.detach()*2
+        ours.step(); whole.step()
+    assert torch.equal(p, q)
+
+
+def test_decay_that_no_rule_would_do_is_refused():
+    p = nn.Parameter(torch.ones(3)); theirs = torch.optim.Adam([nn.Parameter(torch.ones(3))], weight_decay=.5)
+    ours = Optimizer([p], [average, average_squares], [adam_step], lr=.1, betas=(.9, .99), eps=1e-8)
+    with pytest.raises(ValueError, match="look at weight_decay"): ours.load_state_dict(theirs.state_dict())

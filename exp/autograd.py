@@ -25,8 +25,11 @@ def unbroadcast(
     g: torch.Tensor,           # gradient of a broadcast result
     shape: tuple[int, ...],    # shape of the input that was broadcast
 ) -> torch.Tensor:             # gradient of that input, of that shape
-    "Sum a gradient over what broadcasting added or stretched. Same as: torch.Tensor.sum_to_size."
+    """Sum a gradient over what broadcasting added or stretched. Same as: torch.Tensor.sum_to_size.
+    Raises: ValueError unless `shape` broadcasts to the gradient's."""
     if g.shape == shape: return g
+    if np.broadcast_shapes(g.shape, shape) != g.shape:
+        raise ValueError(f"a gradient {tuple(g.shape)} is none of an input {tuple(shape)}")
     added = g.ndim - len(shape)
     stretched = tuple(i + added for i, n in enumerate(shape) if n == 1 and g.shape[i + added] != 1)
     if added or stretched: g = g.sum((*range(added), *stretched), keepdim=True)
@@ -107,6 +110,13 @@ class Tensor:
     def __eq__(self, other): return self.data == _array(other)
     def __ne__(self, other): return self.data != _array(other)
 
+    def __iadd__(self, other):
+        "Refuse what would give the name a new tensor, and leave the leaf as it was."
+        if self.node and self.node.leaf:
+            raise TypeError("a leaf changes through its data: write w.data -= …, not w -= …")
+        return NotImplemented          # then `total += x` is `total = total + x`
+    __isub__ = __imul__ = __itruediv__ = __ipow__ = __imatmul__ = __iadd__
+
 # %% ../nbs/02a_autograd.ipynb #a371f6ca
 def _held(thing: object) -> list[torch.Tensor]:
     "The arrays that a function, or a tuple or list of things, keeps alive."
@@ -126,10 +136,17 @@ def _array(x: object) -> object:
 def taped(
     rule: Callable,  # rule(*arrays, **options) -> value, vjp of the first array, of the second, …
 ) -> Callable:       # the same on Tensors, numbers and arrays; returns a Tensor
-    "Make a rule on arrays an operation that records itself. A vjp may return the broadcast shape."
+    """Make a rule on arrays an operation that records itself. A vjp may return the broadcast shape.
+    The operation raises: TypeError for a recorded Tensor in a tuple, a list or a keyword."""
     name = rule.__name__.strip("_")
     @wraps(rule)
     def operation(*args, **options):
+        aside = [*options.values()]
+        for a in args:
+            if isinstance(a, (tuple, list)): aside += a
+        if _recording.get() and any(isinstance(a, Tensor) and a.node for a in aside):
+            raise TypeError(f"{name}: a Tensor in a tuple, list or keyword would get no gradient; "
+                            "make it an argument of its own, or .detach() it")
         value, *vjps = rule(*map(_array, args), **options)
         out = Tensor(value)
         edges = tuple((a.node, f) for a, f in zip(args, vjps) if isinstance(a, Tensor) and a.node)
@@ -306,16 +323,25 @@ def gradcheck(
     tol: float = 1e-6,   # allowed error; for derivatives above 1, as a part of them
 ) -> float:              # the worst error found
     """Hold `backward` against central differences, in float64. Same as: torch.autograd.gradcheck.
-    Raises: AssertionError naming the input whose vjp is wrong."""
+    Raises: AssertionError naming the input whose vjp is wrong, or whose slope is not finite."""
     arrays = [torch.as_tensor(_array(x)).double().contiguous().clone() for x in inputs]
     leaves, worst = [Tensor(array, requires_grad=True) for array in arrays], 0.
     out = func(*leaves)
     mix = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    out.backward(mix)
+    reached = [node.leaf() for node in toposort(out.node) if node.leaf and node.leaf() is not None]
+    kept = [leaf.grad for leaf in reached]       # of leaves that func has from elsewhere, too
+    for leaf in reached: leaf.grad = None
+    try:
+        out.backward(mix.clone())                # a wrong vjp may write into what it gets
+        grads = [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, grad in zip(reached, kept): leaf.grad = grad
     value = no_grad()(lambda _: (func(*leaves).data*mix).sum())
-    for i, leaf in enumerate(leaves):
+    for i, (leaf, grad) in enumerate(zip(leaves, grads)):
         right = finite_difference_grad(value, leaf.data)
-        found = torch.zeros_like(right) if leaf.grad is None else leaf.grad
+        if not right.isfinite().all(): raise AssertionError(
+            f"input {i}: func has no finite slope there, so nothing is checked; pass other numbers")
+        found = torch.zeros_like(right) if grad is None else grad
         test_like({f"input {i}": found}, {f"input {i}": right}, rtol=tol, atol=tol)
         worst = max([worst, *((found - right).abs()/right.abs().clamp(min=1)).flatten().tolist()])
     return worst

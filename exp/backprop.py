@@ -31,7 +31,7 @@ def init_mlp(
 def finite_difference_grad(
     func: Callable[[Tensor], Tensor],  # maps x to a single number
     x: Tensor,                         # float64, any shape; nudged in place, then restored
-    h: float = 1e-5,                   # the step each way; near the cube root of eps
+    h: float = 1e-5,                   # the step each way, near the cube root of eps; ·|x| above 1
 ) -> Tensor:                           # estimate of dfunc/dx, the shape of x
     """Estimate a gradient by central differences; slow and independent, so fit to judge others.
     Raises: ValueError unless x is float64 and contiguous."""
@@ -40,10 +40,11 @@ def finite_difference_grad(
     flat, slopes = x.view(-1), []
     for i, value in enumerate(flat.tolist()):
         try:
-            flat[i] = value + h
+            above, below = [value + sign*h*max(1., abs(value)) for sign in (1, -1)]
+            flat[i] = above
             up = float(func(x))
-            flat[i] = value - h
-            slopes.append((up - float(func(x))) / (2*h))
+            flat[i] = below
+            slopes.append((up - float(func(x))) / (above - below))     # by the step really taken
         finally: flat[i] = value
     return torch.tensor(slopes, dtype=x.dtype, device=x.device).view(x.shape)
 
@@ -62,8 +63,8 @@ class Module:
         yield from ()
 
     def parameters(self) -> Iterator[Tensor]:
-        "Yield each parameter, in the order of `named_parameters`."
-        for _, p in self.named_parameters(): yield p
+        "Yield each parameter once, in the order of `named_parameters`."
+        yield from {id(p): p for _, p in self.named_parameters()}.values()
 
     def zero_grad(self) -> None:
         "Empty the `.grad` of every parameter."
@@ -227,10 +228,14 @@ def check_gradients(
     out = layer(x, *targets)
     r = torch.randn(out.shape, generator=torch.Generator().manual_seed(1986)).to(out)
     weighted_sum = lambda _: (layer(x, *targets)*r).sum()
-    grads, tensors = {"input": layer.backward(r)}, {"input": x, **dict(layer.named_parameters())}
+    grads = {"input": layer.backward(r.clone())}      # a wrong one may write into what it gets
+    tensors = {"input": x, **dict(layer.named_parameters())}
     for name, p in layer.named_parameters():
         grads[name] = torch.zeros_like(p) if p.grad is None else p.grad
     numeric = {name: finite_difference_grad(weighted_sum, t, h) for name, t in tensors.items()}
+    for name, slopes in numeric.items():
+        if not slopes.isfinite().all(): raise AssertionError(
+            f"{name!r} has no finite slope there, so nothing is checked; pass other numbers")
     test_like(grads, numeric, rtol, atol)
     return {name: (grads[name] - numeric[name]).abs().max().item() for name in numeric}
 
@@ -263,10 +268,11 @@ def train_mlp(
     for epoch in range(epochs):
         for i in minibatches(len(x), bs, 1000*seed + epoch):
             loss, grads = grad_func(params, x[i], y[i])
-            for p, grad in zip(params, grads, strict=True):
+            pairs = list(zip(params, grads, strict=True))
+            for p, grad in pairs:                              # before the first half of a step
                 if grad.shape != p.shape: raise ValueError(
                     f"a gradient is {tuple(grad.shape)}, its parameter {tuple(p.shape)}")
-                p -= lr*grad
+            for p, grad in pairs: p -= lr*grad
             losses.append(float(loss))
         if after_epoch is not None: after_epoch(epoch)
     return losses

@@ -11,7 +11,7 @@ import copy
 import csv
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,22 @@ class Recorder(RowCallback):
     def __init__(self): self.before_fit()
     def before_fit(self, learn: Learner | None = None):
         self.losses, self.lrs, self.all_lrs, self.momenta, self.valid = [], [], [], [], []
-        self._new = []
+        self._new, self._counted = [], math.inf
 
     def after_loss(self, learn: Learner):         # what this batch is learnt with
         if not learn.training: return
         momentum = read_hyper(learn.groups[-1], "momentum")
         self._rates = [float(group["lr"]) for group in learn.groups]
         self._momentum = None if momentum is None else float(momentum)
+        self._counted = len(learn.meters[0].parts)
 
     def after_batch(self, learn: Learner):
-        if learn.training and learn.loss is not None:
+        if learn.training and len(learn.meters[0].parts) > self._counted:    # not cancelled
             self._new.append(learn.loss.detach())
             self.all_lrs.append(self._rates)
             self.lrs.append(self._rates[-1])
             self.momenta.append(self._momentum)
+            self._counted = math.inf
         super().after_batch(learn)
 
     def see(self, learn: Learner, row: dict) -> None:
@@ -149,20 +151,30 @@ def explain_nan(
     learn: Learner,  # in the middle of a batch, or after an error in one
 ) -> str:            # a sentence: where it comes from, and what to try
     "Look for the first thing that is not finite: data, targets, weights, a layer, the loss."
-    for name, x in (("xb", learn.xb), ("yb", learn.yb)):
-        places = [(~t.isfinite()).nonzero()[:, :1].unique().tolist() for t in _not_finite(x)]
-        rows = sorted({row for part in places for row in part})
-        if rows: return (f"{name} holds NaN or infinity in row {', '.join(map(str, rows[:5]))}"
-                         f"{', …'*(len(rows) > 5)}: look at these items, and how they were made.")
+    def data(certain: Callable) -> str:
+        for name, x in (("xb", learn.xb), ("yb", learn.yb)):
+            bad = _not_finite(x)
+            if not any(certain(t).any() for t in bad): continue
+            places = [(~t.isfinite()).nonzero()[:, :1].unique().tolist() for t in bad]
+            rows = sorted({row for part in places for row in part})
+            if rows: return (
+                f"{name} holds NaN or infinity in row {', '.join(map(str, rows[:5]))}"
+                f"{', …'*(len(rows) > 5)}: look at these items, and how they were made.")
+        return ""
+    if found := data(Tensor.isnan): return found         # infinity may be meant, as in a mask
     bad = [name for name, p in learn.model.named_parameters() if _not_finite(p)]
     rates = ", ".join(f"{float(g['lr']):.3g}" for g in learn.groups) if learn.fitting else "none"
+    nan = any(p.isnan().any() for p in learn.model.parameters())
+    also = ", or its gradient was not finite (sqrt or log at 0)"*nan
     if bad: return (f"The weights {', '.join(bad[:5])} are not finite: an earlier step was too "
-                    f"long (learning rate {rates}); lower the rate, or clip the gradients.")
+                    f"long (learning rate {rates}){also}; lower the rate, or clip the gradients.")
     try: name, layer = _first_bad_layer(learn)
     except Exception as error:
-        return f"Data and weights are finite; which layer it is could not be found out ({error})."
-    if layer is None: return ("Outputs are finite, so it comes from loss_func: look for log(0), "
-                              "0/0, or targets out of its range.")
+        return data(Tensor.isinf) or ("Data and weights are finite; which layer it is could not be "
+                                     f"found out ({error}).")
+    if layer is None: return data(Tensor.isinf) or (
+        "Outputs are finite, so it comes from loss_func: look for log(0), 0/0, or targets out of "
+        "its range.")
     buffers = [b for b, value in layer.named_buffers(recurse=False) if _not_finite(value)]
     cure = (f"its {', '.join(buffers)} is not finite: did an earlier batch spoil it?" if buffers
             else "lower the rate, or look for log(0), 0/0 and half precision in it.")
@@ -229,7 +241,8 @@ class GradientAccumulation(Callback):
         learn.accumulating = with_this < self.n_batches
 
     def before_step(self, learn: Learner):
-        total = all_sum(torch.tensor(float(sum(learn.window)), dtype=torch.float64)).item()
+        weight = float(sum(learn.window) or learn.weight)   # another optimizer emptied the window
+        total = all_sum(torch.tensor(weight, dtype=torch.float64)).item()
         for p in learn.params(): p.grad.copy_(all_sum(p.grad)/(total or 1))
 
 
@@ -249,7 +262,7 @@ class EMA(Callback):
 
     def forget_weights(self) -> None:
         "The weights were set from outside: an average of others says nothing about them."
-        self.average, self._owners = {}, []
+        self.average, self._owners, self._versions = {}, [], {}
 
     def before_fit(self, learn: Learner):
         _only_one(learn, EMA)
@@ -258,7 +271,10 @@ class EMA(Callback):
     def _start(self, learn: Learner):
         self.average = {name: _single(p.detach()).clone()
                         for name, p in learn.model.named_parameters()}
-        self._owners = list(learn.model.parameters())
+        self._owners, self._versions = list(learn.model.parameters()), {}
+
+    def after_fit(self, learn: Learner):        # PyTorch counts how often a tensor was changed
+        self._versions = {id(p): p._version for p in self._owners}
 
     @torch.no_grad()
     def after_step(self, learn: Learner):
@@ -275,7 +291,9 @@ class EMA(Callback):
     def swap_in(self, model: nn.Module) -> None:
         "Let the model have the average; its own weights are put aside until `swap_out`."
         self.users += 1
-        if [*map(id, model.parameters())] != [*map(id, self._owners)]: self.forget_weights()
+        changed = any(p._version != self._versions.get(id(p), p._version) for p in self._owners)
+        if changed or [*map(id, model.parameters())] != [*map(id, self._owners)]:
+            self.forget_weights()
         if self.users > 1 or not self.average: return
         self._put_aside = [(p, p.data) for p in self._owners]
         for name, p in model.named_parameters(): p.data = self.average[name].to(p)

@@ -30,11 +30,12 @@ class SaveCheckpoint(Best):
     ):
         super().__init__(monitor, mode)
         self.folder, self.n_best, self.every = Path(folder), max(1, n_best), every
-        self.steps, self.kept = 0, []
+        self.steps, self.kept, self._model = 0, [], None    # kept: value and file, best first
 
     def before_fit(self, learn: Learner):
         super().before_fit(learn)
-        self.steps, self.kept = 0, []           # kept: value and file, the best first
+        if learn.model is not self._model: self.kept = []   # a second fit has a best to beat
+        self.steps, self._model = 0, learn.model
 
     def after_step(self, learn: Learner):
         self.steps += learn.stepped
@@ -47,6 +48,8 @@ class SaveCheckpoint(Best):
         row, best = learn.history[self.seen - 1], self.folder/"best.pt"
         place = "_".join(str(row[k]) for k in ("epoch", "step") if k in row)
         name = f"best_{place}.pt" if self.n_best > 1 else best.name
+        while self.n_best > 1 and any(name == other for _, other in self.kept):
+            name = name.replace(".pt", "_again.pt")
         self.kept.insert(rank, [value, name])
         dropped, self.kept = self.kept[self.n_best:], self.kept[:self.n_best]
         if not is_main(): return
@@ -55,8 +58,9 @@ class SaveCheckpoint(Best):
         for _, old in dropped if self.n_best > 1 else (): (self.folder/old).unlink(missing_ok=True)
 
     def after_epoch(self, learn: Learner):
-        super().after_epoch(learn)          # the better one first, if we are killed between
-        if learn.epoch_complete and is_main(): learn.save(self.folder/"last.pt")
+        try: super().after_epoch(learn)     # the better one first, if we are killed between
+        finally:
+            if learn.epoch_complete and is_main(): learn.save(self.folder/"last.pt")
 
     def state_dict(self) -> dict: return {"kept": self.kept, "steps": self.steps}
     def load_state_dict(self, state: dict) -> None: vars(self).update(state)

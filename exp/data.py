@@ -12,8 +12,9 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,13 @@ def get_files(
 def grandparent_splitter(
     items: Iterable,               # paths
     train: str = "train",          # name of the folder above the class folders
-    valid: str | Sequence[str] = ("val", "valid", "test"),  # one or several such names
+    valid: str | Sequence[str] | None = None,  # one or several such names, all of which count;
+                                   # None: the first that there is of val, valid and test
 ) -> tuple[list[int], list[int]]:  # positions of the training and of the validation items
     "Split by the name of the folder two levels up; other folders are left out."
-    names = [train], [valid] if isinstance(valid, str) else valid
     above = [Path(item).parent.parent.name for item in items]
+    if valid is None: valid = next((n for n in ("val", "valid", "test") if n in above), "val")
+    names = [train], [valid] if isinstance(valid, str) else valid
     return tuple([i for i, name in enumerate(above) if name in part] for part in names)
 
 
@@ -122,7 +125,8 @@ def regex_label(
     "Label by a regular expression. Raises: ValueError naming a file that does not match."
     def label(path: str | os.PathLike) -> str:
         found = re.search(pattern, Path(path).as_posix())
-        if not found: raise ValueError(f"pattern {pattern!r} is not in {os.fspath(path)!r}")
+        if not found or found[1] is None:
+            raise ValueError(f"pattern {pattern!r} is not in {os.fspath(path)!r}")
         return found[1]
     return label
 
@@ -213,7 +217,9 @@ class Categorize(Transform):
     def __init__(
         self,
         vocab: Iterable | None = None,  # the classes in order; None: sorted, from the training set
-    ): self.vocab = None if vocab is None else list(vocab)
+    ):
+        if isinstance(vocab, (set, frozenset)): vocab = sorted(vocab)    # a set has no order
+        self.vocab = None if vocab is None else list(vocab)
 
     def setup(self, labels: Iterable) -> None:
         "Collect the classes, unless they were given. Warns if there is only one."
@@ -274,7 +280,10 @@ class Normalize(Transform):
         if not x.is_floating_point():
             raise TypeError(f"Normalize got {x.dtype}: list to_float before it")
         mean, std = self._like(x)
-        return (x - mean)/std
+        normal = (x - mean)/std
+        if normal.shape != x.shape: raise ValueError(
+            f"{len(mean)} means and {len(std)} stds for {x.shape[1]} channels: give one for each")
+        return normal
 
     def decode(self, x: Tensor) -> Tensor:
         mean, std = self._like(x)
@@ -346,9 +355,21 @@ class ItemLoaders(DataLoaders):
         items: Sequence,  # new ones, without labels: [file], say
     ) -> Any:             # xb as the model would see it, in validation
         "A batch of new items: learn.predict(dls.batch_of([file]))."
+        if isinstance(items, (str, os.PathLike)) or not len(items):
+            raise ValueError(f"items is {items!r}: give a list of at least one item")
         ds = ItemSet(items, lambda item: None, self.valid.ds.tfm, Pipeline())
-        batch = self.valid.collate_fn([(x, 0) for x, _ in ds])
-        return self.valid.batch_tfms(batch)[0]
+        xb, _ = self.valid.collate_fn([(x, 0) for x, _ in ds])
+        return self.valid.batch_tfms((xb, None))[0]
+
+    def loader_of(
+        self,
+        items: Sequence,  # others with labels, of a test set, say
+    ) -> DataLoader:      # their batches, made as in validation
+        "Batches of other items, with labels: learn.validate(dls.loader_of(test_files))."
+        ds, names = self.valid.ds, ("bs", "collate_fn", "generator", "num_workers", "workers",
+                                    "persistent_workers", "on_error", "batch_tfms")
+        options = {name: getattr(self.valid, name) for name in names}
+        return DataLoader(ItemSet(items, ds.get_y, ds.tfm, ds.y_tfm), **options)
 
     def decode(
         self,
@@ -409,23 +430,30 @@ def _split(items: ItemList, splitter: Callable) -> tuple[ItemList, ItemList]:
 
 
 def _kind_of_target(labels: Iterable) -> list[Transform]:
-    "What makes targets of such labels: words become numbers, whether alone or in lists."
-    lists = list, tuple, set
+    "What makes targets of such labels, alone or in lists: words are classes, floats are float32."
+    lists, labels = (list, tuple, set), iter(labels)
     first = next((y for y in labels if not isinstance(y, lists) or y), None)    # none of no words
     if isinstance(first, str): return [Categorize()]
-    words = isinstance(first, lists) and all(isinstance(word, str) for word in first)
-    return [MultiCategorize()] if words else []
+    parts = first if isinstance(first, lists) else [first]
+    if all(isinstance(part, str) for part in parts): return [MultiCategorize()]
+    if not all(isinstance(part, (int, float, np.number)) for part in parts): return []
+    every = (y if isinstance(y, lists) else [y] for y in chain([first], labels))
+    floats = (isinstance(part, (float, np.floating)) for parts in every for part in parts)
+    if not any(floats): return []
+    return [_Function(partial(torch.tensor, dtype=torch.float32), 0)]
 
 # %% ../nbs/08_data_block.ipynb #37933e0b
 class DataBlock:
     """Four answers: what the items are, which are for validation, what their labels are, and how
-    items and batches are transformed."""
+    items and batches are transformed. Chance is to come from the generator that a transform is
+    given: torch.rand, np.random and random, drawn from in threads, are never the same again."""
     def __init__(
         self,
         get_items: Callable,    # path -> list of items (files, rows, …)
         splitter: Callable,     # items -> positions for training, positions for validation
         get_y: Callable,        # item -> label
-        item_tfms: Callable | Iterable[Callable] = (),   # item -> x, in the loader's workers
+        item_tfms: Callable | Iterable[Callable] = (),   # item -> x, in the loader's workers, with
+                                                         # chance from the generator (see below)
         batch_tfms: Callable | Iterable[Callable] = (),  # of batches, on the learner's device
         y_tfms: Callable | Iterable[Callable] | None = None,  # label -> target; None: by its kind
         collate_fn: Callable = collate,   # list of (x, y) -> batch
@@ -435,6 +463,8 @@ class DataBlock:
         self.y_tfms = None if y_tfms is None else Pipeline(y_tfms)
         self.item_tfms, self.batch_tfms = Pipeline(item_tfms), Pipeline(batch_tfms)
         self.collate_fn, self.sampler = collate_fn, sampler
+        if any(isinstance(tfm, Normalize) for tfm in self.item_tfms.tfms):
+            raise TypeError("Normalize works on batches: list it in batch_tfms")
 
     def _datasets(self, path: Any, on_error: str) -> tuple[ItemSet, ItemSet]:
         "Find, split, label the items; what transforms learn, they learn from the training items."
@@ -443,10 +473,11 @@ class DataBlock:
         train, valid = _split(items, self.splitter)
         tfm, y_tfm = deepcopy((self.item_tfms, self.y_tfms))   # the next folder teaches others
         chance = torch.Generator().manual_seed(0)
+        forgiven = [Exception]*(on_error == "skip")
         def labels(before: Pipeline) -> Iterator[tuple]:
             for item in train:
-                with _naming(item): pair = before((self.get_y(item), None), chance)
-                yield pair
+                with suppress(*forgiven), _naming(item):
+                    yield before((self.get_y(item), None), chance)
         def samples(before: Pipeline) -> Iterator[tuple]:
             ds = ItemSet(train, self.get_y, before, y_tfm)
             return chain.from_iterable(DataLoader(ds, collate_fn=list, generator=chance,
@@ -456,7 +487,7 @@ class DataBlock:
         tfm.setup(samples)
         ours = ItemSet(train, self.get_y, tfm, y_tfm)
         theirs = ItemSet(valid, self.get_y, tfm.for_valid(), y_tfm.for_valid())
-        if ours.vocab:                  # a class that is unknown is heard of now
+        if ours.vocab and not forgiven:     # a class that is unknown is heard of now
             with same_randomness():
                 for ds in (ours, theirs):
                     for item in ds.items: ds.target(item)
@@ -471,6 +502,8 @@ class DataBlock:
                                   # say otherwise, threads load ahead, as many as are useful
     ) -> ItemLoaders:
         "Answer the four questions for the items at a path. Raises: ValueError."
+        if wrong := options.keys() & {"shuffle", "sampler", "batch_sampler"}: raise ValueError(
+            f"{sorted(wrong)}: the order of training is DataBlock(sampler=…)")
         options = {"num_workers": None, "workers": "threads", "collate_fn": self.collate_fn,
                    "on_error": "raise"} | options
         ours, theirs = self._datasets(path, options["on_error"])

@@ -169,7 +169,8 @@ def _install(d: DataSet, files: dict[str, bytes], kind: str, final: Path) -> Pat
         note = {"name": d.name, "source": kind, "licence": d.licence, "cite": d.cite}
         (whole[0]/_NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
         if hasattr(os, "sync"): os.sync()
-        if final.exists(): final.rename(f"{final}.aside-{time.time_ns()}")      # not ours to delete
+        if os.path.lexists(final):                           # not ours to delete
+            final.rename(f"{final}.aside-{time.time_ns()}")
         return whole[0].rename(final)
     finally: shutil.rmtree(beside.parent, ignore_errors=True)
 
@@ -213,7 +214,7 @@ def fetch(
     the disk is full."""
     if name not in registry: raise ValueError(f"name is {name!r}: choose one of {list(registry)}")
     d, cache, asked = registry[name], cache_folder(), os.environ.get("EXP_OFFLINE", "")
-    if offline is None: offline = asked.lower() not in ("", "0", "false", "no")
+    if offline is None: offline = asked.lower() not in ("", "0", "false", "no", "off")
     try:
         if offline: raise ConnectionError("this is offline, by EXP_OFFLINE=1 or offline=True")
         if found := _cached(d): return found
@@ -231,10 +232,13 @@ def fetch(
 def source_of(
     path: str | os.PathLike,  # a folder that `fetch` returned, or anything inside it
 ) -> str:                     # 'official', 'mirror' or 'stand-in'
-    "Where the data under a path came from. Raises: ValueError where no note says so."
+    "Where the data under a path came from. Raises: ValueError where no readable note says so."
     path = Path(path).resolve()
     for note in (folder/_NOTE for folder in (path, *path.parents)):
-        if note.is_file(): return json.loads(note.read_text(encoding="utf-8"))["source"]
+        if not note.is_file(): continue
+        try: return json.loads(note.read_text(encoding="utf-8"))["source"]
+        except (ValueError, KeyError, TypeError) as e: raise ValueError(
+            f"{note} is damaged: delete {note.parent}, then fetch again") from e
     raise ValueError(f"path {path.name!r} has no {_NOTE} in or above it: pass what fetch returned")
 
 # %% ../nbs/00a_datasets.ipynb #4cb4c28a
@@ -259,7 +263,8 @@ def read_idx(
         shape = struct.unpack_from(f">{ndim}I", raw, 4)
         numbers = np.frombuffer(raw, _IDX_KINDS[magic], offset=4 + 4*ndim).reshape(shape)
     except Exception as e:
-        raise ValueError(f"{file} is no IDX file, or damaged ({e}): fetch it again") from e
+        raise ValueError(f"{file} is no IDX file, or damaged ({e}): if `fetch` put it there, "
+                         f"delete {Path(file).parent}, then fetch again") from e
     return numbers.astype(numbers.dtype.newbyteorder("="))
 
 # %% ../nbs/00a_datasets.ipynb #f0792200
@@ -268,5 +273,9 @@ def load_idx(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # x_train, y_train, x_valid, y_valid
     "Pixels as float32 in [0, 1], (n, 784), labels as int64, (n,). Raises: ValueError if damaged."
     found = [torch.from_numpy(read_idx(Path(path)/f)) for f in registry["mnist"].files]
+    for x, y in (found[:2], found[2:]):
+        if x.dtype != torch.uint8 or x.shape[:1] != y.shape: raise ValueError(
+            f"{path} holds {x.dtype} pixels {tuple(x.shape)}, labels {tuple(y.shape)}, not bytes "
+            f"(n, h, w) and (n,): if `fetch` put them there, delete {path}, then fetch again")
     x_train, x_valid = (x.flatten(1).float().div_(255) for x in found[::2])
     return x_train, found[1].long(), x_valid, found[3].long()

@@ -127,24 +127,27 @@ def _joined(parts: Sequence, sizes: Sequence[int]) -> Any:
     if isinstance(first, Mapping):
         return _like(first, {k: _joined([part[k] for part in parts], sizes) for k in first})
     if not isinstance(first, (tuple, list)) or isinstance(first, PackedSequence): return [*parts]
-    each = all(len(part) == n for part, n in zip(parts, sizes))        # one entry for each item?
-    if each and any(_items_in(x) != sizes[0] for x in first):
+    rows = all(_items_in(x) == n for part, n in zip(parts, sizes) for x in part)
+    if not rows and all(len(part) == n for part, n in zip(parts, sizes)):   # an entry for each item
         return [x for part in parts for x in part]
     return _like(first, [_joined(column, sizes) for column in zip(*parts, strict=True)])
 
 # %% ../nbs/05_callbacks.ipynb #c554a5e2
 _INSIDE = ("generator", "sampler", "batch_sampler", "ds", "dataset")
+_GENERATORS = (torch.Generator, np.random.Generator)
 
 
 def generators(
     *loaders,                      # loaders, or None
-) -> list[torch.Generator]:        # their own generators, each once
+) -> list:                         # their own generators, PyTorch's and NumPy's, each once
     "The private generators of loaders, their samplers and data sets, and of what is inside these."
     owners, found = [*loaders], []
     for owner in owners:                       # grows while we look into it
         parts = [getattr(owner, name, None) for name in _INSIDE]
-        for part in (*parts, *getattr(owner, "datasets", ())):       # as ConcatDataset has
-            known = found if isinstance(part, torch.Generator) else owners
+        parts += getattr(owner, "datasets", ())          # as ConcatDataset has
+        parts += [x for x in getattr(owner, "__dict__", {}).values() if isinstance(x, _GENERATORS)]
+        for part in parts:
+            known = found if isinstance(part, _GENERATORS) else owners
             if part is not None and all(part is not other for other in known): known.append(part)
     return found
 
@@ -157,7 +160,8 @@ def random_state(
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest],
             "torch": torch.get_rng_state(), "cuda": cuda,
-            "loaders": [g.get_state() for g in generators(*loaders)]}
+            "loaders": [g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state
+                        for g in generators(*loaders)]}
 
 
 def set_random_state(
@@ -171,7 +175,9 @@ def set_random_state(
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda"])
-    for g, s in zip(generators(*loaders), state["loaders"]): g.set_state(s)
+    for g, s in zip(generators(*loaders), state["loaders"]):
+        if isinstance(g, torch.Generator): g.set_state(s)
+        else: g.bit_generator.state = s
 
 
 @contextmanager
@@ -447,7 +453,7 @@ class BatchStep(Announcer):
         if loss is not self.loss: self._set_loss(loss)
         self.loss_for_grad.backward()
         if not self.unfinished: self.window.append(self.weight)
-        self.unfinished = True
+        self.unfinished, self.spent = True, False
         self._fire("after_backward")
 
     def step(self, opt: torch.optim.Optimizer | None = None) -> None:
@@ -460,6 +466,7 @@ class BatchStep(Announcer):
             if not self.skip_step:
                 for one in self.stepping: one.step()
                 self.stepped = True
+            self.spent = True       # what is in the window was used; a zero_grad may come later
             self._fire("after_step")
         finally: self.stepping = ()
 
@@ -496,9 +503,10 @@ class Loop(BatchStep):
         def finish(): self.record(row | {"seconds": time.perf_counter() - start})
         try:
             self._pass("train", self.dls.train, row)
+            self.epochs_done = self.epoch + 1      # also where the validation is cut short
             if self.dls.valid is not None: self._pass("validate", self.dls.valid, row)
         except Cancel: finish(); raise
-        self.epoch_complete, self.epochs_done = True, self.epoch + 1
+        self.epoch_complete = True
         finish()
 
     def record(self, row: dict[str, float]) -> None:
@@ -532,9 +540,8 @@ class Loop(BatchStep):
         "The mean loss and, in validation, all metrics; copies of those that another pass is using."
         metrics = self.metrics if mode == "validate" else []
         meters = [Mean(None, "loss"), *(copy.deepcopy(m) if m.in_use else m for m in metrics)]
-        for meter in meters:
-            meter.reset()
-            meter.in_use = True
+        for meter in meters: meter.reset()
+        for meter in meters: meter.in_use = True         # none, where a reset failed
         return meters
 
     def _prepare_model(self):
@@ -568,7 +575,7 @@ class Loop(BatchStep):
             self.pred = self.loss = self.loss_for_grad = None
         if number < 0 and (n_processes() == 1 or self.training):
             raise ValueError("the loader gave no batch: is it empty, or a used-up iterator?")
-        if self.training and self.window: self._flush()
+        if self.training and self.window and not self.spent: self._flush()
 
     def _flush(self):
         "Step with what a last, short window has gathered."
@@ -585,16 +592,16 @@ class Loop(BatchStep):
         transform = getattr(self.dl, "batch_tfms", None)
         if transform: self.xb, self.yb = transform((self.xb, self.yb), torch.default_generator)
         self.weight, self.unfinished = None, False
+        if self.training: self.stepped = False
 
     def _one_batch(self):
         if self.training: self.train_batch()
         else: self.forward(self.xb)
-        if self.mode == "validate":
-            self.get_loss(self.pred, self.yb)
-            for metric in self.meters[1:]: metric.add(self.pred, self.yb, self.weight)
-        if self.loss is not None:
-            self.meters[0].parts.append(self.loss.detach())
-            self.meters[0].weights.append(self.weight)
+        if self.mode == "validate": self.get_loss(self.pred, self.yb)
+        if self.loss is None or not self.weight: return     # an empty batch has no average
+        for metric in self.meters[1:]: metric.add(self.pred, self.yb, self.weight)
+        self.meters[0].parts.append(self.loss.detach())
+        self.meters[0].weights.append(self.weight)
 
 # %% ../nbs/05_callbacks.ipynb #5c9f03c4
 def _as_list(x) -> list:
@@ -677,9 +684,14 @@ class Optimizers:
         self,
         n: int,  # groups before this one stop learning; -1: all but the last
     ) -> None:
-        "Freeze the first groups, and let the others learn that were frozen here."
+        """Freeze the first groups, and let the others learn that were frozen here.
+        Raises: ValueError for an n that leaves none to learn, or counts more than there are."""
+        groups = self.groups
+        if not -len(groups) < n < len(groups): raise ValueError(
+            f"n is {n} for {len(groups)} group{'s'*(len(groups) > 1)} of parameters"
+            + ": give a splitter"*(len(groups) == 1))
         self.unfreeze()
-        for group in self.groups[:n]:
+        for group in groups[:n]:
             self._frozen += [p.requires_grad_(False) for p in group["params"] if p.requires_grad]
 
     def unfreeze(self) -> None:
@@ -811,6 +823,7 @@ class Learner(Loop, Optimizers):
         if double: raise ValueError(f"two columns would be called {', '.join(double)}: name one of "
                                     "them, Mean(func, name)")
         self.cbs, self.history, self.window, self.stepping = [], [], [], ()
+        self.spent = False
         self._opts, self._made_for, self._frozen = None, [], []
         self.n_epochs = self.epochs_done = self.epoch = 0
         self.fitting = self.epoch_complete = self.accumulating = False
@@ -862,6 +875,7 @@ class Learner(Loop, Optimizers):
             self._listen()
             yield
         except Cancel as stray:
+            if self.fitting: raise          # a validation inside a fit: the fit knows what to do
             raise RuntimeError(f"{type(stray).__name__} was raised where there is nothing of its "
                                "kind to cancel") from stray
         finally:
@@ -890,7 +904,9 @@ class Learner(Loop, Optimizers):
                 self._epochs()
             try: self._phase("fit", body, CancelFit)
             finally:
-                for group, base in zip(self.groups, self.base): group.update(base)
+                for group, base in zip(self.groups, self.base):
+                    for new in group.keys() - base.keys() - {"params"}: del group[new]
+                    group.update(base)
                 self._drop_gradients()
                 self.fitting = False
 
@@ -901,6 +917,7 @@ class Learner(Loop, Optimizers):
         "Measure. Nothing is recorded, and no random number is used up. Raises: ValueError."
         row, dl = {}, self._loader(dl)
         with self._session(), same_randomness(dl): self._pass("validate", dl, row)
+        if not row: raise ValueError("nothing to measure: every batch was cancelled or empty")
         return row
 
     def predict(
@@ -917,6 +934,10 @@ class Learner(Loop, Optimizers):
         preds, targets, sizes = zip(*out)
         joined = _joined(preds, sizes)
         return (joined, _joined(targets, sizes)) if with_targets else joined
+
+    def __getstate__(self) -> dict:
+        "What is copied or pickled: a learner outside any pass and fit."
+        return vars(self) | _PASS | {"fitting": False}
 
     def columns(self) -> list[str]:
         "The names of a full row of the history, and those that callbacks have added."
@@ -1019,7 +1040,9 @@ def save(
     optimizer: bool = True,  # False: the weights only
 ) -> Path:                   # that file
     "Write all that training needs to go on, all or nothing. Raises: TypeError, ValueError."
-    if optimizer and self.depth: raise ValueError(
+    cut = self.fitting and self.epochs_done <= self.epoch and any(
+        row.get("epoch") == self.epoch for row in self.history[-1:])     # cancelled half-way
+    if optimizer and (self.depth or cut): raise ValueError(
         "in the middle of an epoch only the weights can be saved: save(path, optimizer=False)")
     content, params = {"model": dict(self.model.state_dict())}, dict(self.model.named_parameters())
     if optimizer: content |= {
@@ -1028,8 +1051,9 @@ def save(
         "learns": [name for name, p in params.items() if p.requires_grad],
         "frozen": [name for name, p in params.items() if any(p is one for one in self._frozen)],
         "epochs_done": self.epochs_done, "history": self.history,
-        "random": random_state(self.dls.train, self.dls.valid),
+        "random": random_state(self.dls.train, self.dls.valid, *self.cbs),
         "callbacks": {name: cb.state_dict() for name, cb in _kept(self).items()}}
+    if any(getattr(cb, "users", 0) for cb in self.cbs): content["averaged"] = True   # by an EMA
     return write_checkpoint(content, path)
 
 
@@ -1041,6 +1065,7 @@ def load(
     content = _fitting(self, path)
     _restore(self, content)
     for group, base in zip(self.groups if "opts" in content else (), content.get("base", ())):
+        for new in group.keys() - base.keys() - {"params"}: del group[new]     # a scheduler's
         group.update(base)
     for cb in self.cbs:
         if hasattr(cb, "forget_weights"): cb.forget_weights()     # an average of other weights
@@ -1055,6 +1080,8 @@ def _resumable(
     content, kept = _fitting(self, path), _kept(self)
     if "opts" not in content:
         raise ValueError(f"{Path(path).name} holds weights only: load it, and fit anew")
+    if "averaged" in content: raise ValueError(
+        f"{Path(path).name} holds averaged weights, not those of the optimizer: take last.pt")
     if kept.keys() != content["callbacks"].keys(): raise ValueError(
         "resume with the callbacks of the first run: it kept "
         f"{', '.join(content['callbacks']) or 'none'}, here are {', '.join(kept) or 'none'}")
@@ -1076,7 +1103,7 @@ def _resume(
         for group, base in zip(self.groups, self.base): group["lr"] = base["lr"]
         self.set_lr(lr)
         for group, base in zip(self.groups, self.base): base["lr"] = group["lr"]
-    set_random_state(content["random"], self.dls.train, self.dls.valid)
+    set_random_state(content["random"], self.dls.train, self.dls.valid, *self.cbs)
 
 
 Learner.save, Learner.load = save, load

@@ -337,7 +337,9 @@ class DataLoader:
 
     `indices` are the positions of the batch just given, `skipped` tells what could not be read.
     Chance in an item depends on the epoch's seed and the item's place in the epoch, not on who
-    makes it. Where torch.distributed runs, every process gets its share of the batches."""
+    makes it; in threads, only if it is drawn from current_generator(): torch.rand, np.random and
+    random are shared there, and never repeat. Where torch.distributed runs, every process gets its
+    share of the batches."""
     def __init__(
         self,
         ds: Dataset,              # anything with __len__ and __getitem__(i) -> item, usually (x, y)
@@ -365,8 +367,8 @@ class DataLoader:
         self.ds, self.bs, self.collate_fn, self.generator = ds, bs, collate_fn, generator
         self.ordered = shuffle or sampler is not None or batch_sampler is not None
         self.sampler = Sampler(ds, shuffle, generator) if sampler is None else sampler
+        if batch_sampler is None: batch_sampler = BatchSampler(self.sampler, bs, drop_last)
         self.batch_sampler = batch_sampler
-        if batch_sampler is None: self.batch_sampler = BatchSampler(self.sampler, bs, drop_last)
         if not length_hint(self.batch_sampler, 1):
             raise ValueError(f"no batch: {length_hint(ds)} items, {bs=}, {drop_last=}")
         self.share = ("equal" if self.ordered else "all") if share == "auto" else share
@@ -375,8 +377,15 @@ class DataLoader:
         if num_workers is None:   # none help with rows, nor processes that must start afresh
             alone = self._rows() or workers == "processes" and _START != "fork"
             num_workers = 0 if alone else min(8, cpus())
+        if num_workers < 0: raise ValueError(f"{num_workers=}: give 0 or more, or None")
         self.num_workers = num_workers
         self.indices, self.skipped, self._crew = [], {}, None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        fixed = "ds bs sampler batch_sampler collate_fn generator on_error workers num_workers"
+        if name in vars(self) and name in fixed.split(): raise AttributeError(
+            f"{name} is fixed, since order and workers know it: make a new loader")
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict: return vars(self) | {"_crew": None}   # a copy starts its own
 
@@ -429,7 +438,13 @@ class DataLoader:
 
     def _order(self, world: int) -> Iterable[list]:
         "The epoch's batches, of all processes together."
-        batches = ([i.item() if hasattr(i, "item") else i for i in b] for b in self.batch_sampler)
+        def positions(batch: Iterable) -> list[int]:
+            idxs = [i.item() if hasattr(i, "item") else i for i in batch]
+            if not idxs: raise ValueError("the batch sampler gave a batch of no items")
+            if isinstance(idxs[0], bool):
+                raise TypeError("the order is a mask: give positions, np.flatnonzero(mask)")
+            return idxs
+        batches = map(positions, self.batch_sampler)
         if world == 1 or self.share == "all" and not self.ordered: return batches
         batches = list(islice(batches, len(self.batch_sampler)))
         self._check_order(batches, world)

@@ -101,6 +101,8 @@ def cut(
 ) -> Tensor:                    # (c, *size) uint8
     "A box of a photo, resized: the mean of all pixels beneath where it shrinks."
     left, top, right, bottom = box
+    if not (0 <= left < right <= x.shape[2] and 0 <= top < bottom <= x.shape[1]): raise ValueError(
+        f"box {box} is not within a photo of {x.shape[2]}×{x.shape[1]}")
     part = x[:, top:bottom, left:right].permute(1, 2, 0)[None]    # as pixels lie in memory
     return F.interpolate(part.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)[0]
 
@@ -216,6 +218,9 @@ class PhotoCache:
         size: int = 256,  # larger ones are scaled until their short side is this
         folder: str | os.PathLike | None = None,  # for the file; None: where `fetch` keeps sets
     ):
+        if isinstance(files, (str, os.PathLike)):
+            raise TypeError(f"files is {files!r}: give files, image_files(path)")
+        if size < 1: raise ValueError(f"size is {size}: give at least 1")
         self.files, self.size = [os.path.abspath(f) for f in files], size
         folder = cache_folder()/"decoded" if folder is None else Path(folder)
         name = "\n".join([_DECODER, str(size), *self.files]).encode(errors="surrogateescape")

@@ -95,7 +95,10 @@ def show_images(
 
 # %% ../nbs/00b_plots.ipynb #3a5616e3
 def _rows(y: ArrayLike) -> np.ndarray:  # (n_seeds, n)
-    "Numbers, or rows of numbers, as rows."
+    "Numbers, or rows of numbers, as rows; a list of tensors of one number each is one row."
+    if not isinstance(y, (Tensor, np.ndarray)):
+        y = list(y)
+        if all(isinstance(v, Tensor) and v.shape == (1,) for v in y): y = [v.item() for v in y]
     return np.atleast_2d([v.tolist() if isinstance(v, Tensor) else v for v in y]).astype(float)
 
 
@@ -115,10 +118,11 @@ def plot_lines(
     Raises: ValueError on no curves, and on one without points or with more or fewer than x."""
     if not ys: raise ValueError("plot_lines got no curves: pass a dict of label -> numbers")
     if ax is None: ax = subplots()[1]
+    if x is not None: x, = _rows(x)
     for i, (label, y) in enumerate(ys.items()):
         rows = _rows(y)
         n = rows.shape[1]
-        xs, = [np.arange(n)] if x is None else _rows(x)
+        xs = np.arange(n) if x is None else x
         if not 0 < n == len(xs): raise ValueError(f"{label!r} has {n} points but x has {len(xs)}")
         mean, color = rows.mean(0), PALETTE[i % len(PALETTE)]
         ax.plot(xs, mean, color=color, label=label)

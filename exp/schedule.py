@@ -234,7 +234,6 @@ def _twin(learn: Learner, n_batches: int) -> Learner:
     shared = {id(x): x for x in (learn.dls, learn.dls.train, learn.dls.valid, learn.metrics)}
     twin = copy.copy(learn)
     twin.cbs = [cb for cb in learn.cbs if _shapes_training(cb)]
-    twin.pred = twin.loss = twin.loss_for_grad = None         # kept by a fit that failed
     twin._listeners = twin._afters = {}
     try: twin = copy.deepcopy(twin, shared)
     except Exception as error: error.add_note("lr_find trains a copy of the learner"); raise
@@ -243,8 +242,8 @@ def _twin(learn: Learner, n_batches: int) -> Learner:
     return twin
 
 
-_STEP = ("before_batch", "after_pred", "after_loss", "after_backward", "before_step", "after_step",
-         "around_batch", "around_forward")
+_STEP = ("before_fit", "before_epoch", "before_pass", "before_batch", "after_pred", "after_loss",
+         "after_backward", "before_step", "after_step", "around_batch", "around_forward")
 
 
 def _shapes_training(cb: Callback) -> bool:
@@ -266,13 +265,12 @@ class _RangeWatch(Callback):
         self.total, self.best = 0., math.inf
 
     def before_batch(self, learn: Learner):
-        self.lr = self.schedule(learn.batch/(learn.n_batches - 1))
-        learn.set_lr(self.lr)
+        learn.set_lr(self.schedule(learn.batch/(learn.n_batches - 1)))
 
     def after_loss(self, learn: Learner):
         loss = learn.loss.item()
         if not math.isfinite(loss): raise CancelFit
-        self.lrs.append(self.lr)
+        self.lrs.append(float(learn.groups[-1]["lr"]))      # another callback may have changed it
         self.losses.append(loss)
         self.total = .9*self.total + .1*loss
         average = self.total/(1 - .9**len(self.losses))   # as in Recorder: no pull to zero
@@ -365,11 +363,13 @@ def lr_find(
     if not 0 < low < high or n_batches < 10:
         raise ValueError(f"low {low}, high {high}, n_batches {n_batches}: give 0 < low < high and "
                          "at least 10 batches")
+    if learn.fitting or learn.depth: raise RuntimeError("lr_find was called inside a fit or a pass")
     watch = _RangeWatch(exponential(low, high), stop)
     with same_randomness(learn.dls.train, learn.dls.valid):
         _twin(learn, n_batches).fit(1, cbs=watch)
     if len(watch.lrs) < 5:
-        raise ValueError(f"the loss was infinite or NaN after {len(watch.lrs)} batches, at a rate "
-                         f"of {low:g}: start lower, or look for NaN in the data")
+        raise ValueError(f"it ended after {len(watch.lrs)} batches, from a rate of {low:g} on: the "
+                         "loss exploded or was NaN, or all was cancelled. Start lower, or look for "
+                         "NaN in the data")
     return RangeTest(watch.lrs, watch.losses, _smooth(watch.lrs, watch.losses))
 

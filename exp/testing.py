@@ -7,8 +7,10 @@ __all__ = ['test_like', 'Table', 'table', 'race', 'result_text', 'results_table'
 
 # %% ../nbs/00c_testing.ipynb #8ae92c44
 import copy
+import hashlib
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -158,6 +160,14 @@ def _snapshot(x: object) -> object:
     return x.detach().clone() if torch.is_tensor(x) else copy.copy(x)
 
 
+def _arrays(x: object) -> list:
+    "Copies of the tensors and arrays of numbers in an argument."
+    if isinstance(x, dict): x = list(x.values())
+    if isinstance(x, (list, tuple)): return [array for part in x for array in _arrays(part)]
+    numbers = torch.is_tensor(x) or isinstance(x, np.ndarray) and x.dtype.kind in "biufc"
+    return [_snapshot(x)] if numbers else []
+
+
 def _largest_error(result: object, check: object, **tolerances) -> float:
     "Hold a result against the right answer; a float64 answer judges every precision."
     floats = all(torch.is_tensor(x) and x.is_floating_point() for x in (result, check))
@@ -172,11 +182,15 @@ def _first_calls(funcs: dict, args: tuple, check: object, **tolerances) -> tuple
     "Seconds and error of each version's first call, judged before the next version is called."
     firsts, errors = {}, dict.fromkeys(funcs)
     if callable(check): check = check(*args)
+    given = _arrays(args)
     for name, func in funcs.items():
         start = time.perf_counter()
         result = func(*args)
         _sync()
         firsts[name] = time.perf_counter() - start
+        try: test_like(_arrays(args), given, rtol=0, atol=0)
+        except AssertionError as error: raise ValueError(
+            f"version {name!r} changed its arguments, which all share: {error}") from None
         if check is None: check = _snapshot(result)
         if check is False: continue
         try: errors[name] = _largest_error(result, check, **tolerances)
@@ -201,8 +215,10 @@ def race(
 
     A median three times the first call is measured again, twice at most, and marked if it stays.
     If `check` is a float64 tensor, versions of any float dtype may race, and errors are against it.
-    Raises: AssertionError naming the version that is wrong.
+    Raises: AssertionError naming the version that is wrong; ValueError naming one that changed
+    its arguments, and for fewer repeats than one.
     """
+    if repeats is not None and repeats < 1: raise ValueError(f"repeats is {repeats}: give ≥ 1")
     firsts, errors = _first_calls(funcs, args, check, rtol=rtol, atol=atol)
     times, steady = _measure(funcs, args, firsts, repeats, budget)
     median = {name: statistics.median(ts) for name, ts in times.items()}
@@ -252,7 +268,7 @@ def _try_rate(run: Callable, rate: float, seeds: Sequence[int]) -> dict:
 def _search_lines(rows: list[dict], at: int) -> list[dict]:
     "A search as its table shows it; row `at` is the best."
     notes = ["" if math.isfinite(row["mean"]) else "diverged" for row in rows]
-    notes[at] = "best" if 0 < at < len(rows) - 1 else "an edge, not yet the best"
+    if not notes[at]: notes[at] = "best" if 0 < at < len(rows) - 1 else "an edge, not yet the best"
     scores = [result_text(row) if math.isfinite(row["mean"]) else "–" for row in rows]
     return [{"rate": f"{row['rate']:.3g}", "score": score, "": note}
             for row, score, note in zip(rows, scores, notes)]
@@ -278,7 +294,6 @@ def best_rate(
     rates, seeds = sorted({float(rate) for rate in grid}), list(seeds)
     if not seeds or len(rates) < 2 or not 0 < rates[0] < rates[-1] < math.inf: raise ValueError(
         f"grid {rates}, seeds {seeds}: give two or more different positive numbers, and a seed")
-
     def badness(i: int) -> tuple:
         mean, n = rows[i]["mean"], len(rows)
         if not math.isfinite(mean): return math.inf, i - n  # if all diverged: the lowest
@@ -294,8 +309,9 @@ def best_rate(
     best = rows[at]["rate"]
     if at_edge:
         tried = f"{rows[0]['rate']:g} … {rows[-1]['rate']:g}"
-        warnings.warn(f"{best:g} is the best of {tried}, but an edge: a better one may lie beyond",
-                      RuntimeWarning, stacklevel=2)
+        said = (f"{best:g} is the best of {tried}, but an edge: a better one may lie beyond"
+                if math.isfinite(rows[at]["mean"]) else f"every run of {tried} diverged")
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
     return table(_search_lines(rows, at), title, rows=rows, best=best, scores=rows[at]["scores"],
                  at_edge=at_edge)
 
@@ -310,16 +326,25 @@ def _code_version(root: Path) -> dict:
     return dict(commit=commit, dirty=commit and git("status", "--porcelain", "--", "exp") != "")
 
 # %% ../nbs/00c_testing.ipynb #c5e5dcc2
-def _keep(name: str, text: str, folder: str | Path | None, root: Path) -> None:
-    "Write a record where it belongs, so that nobody ever sees half a file."
+def _keep(lesson: str, what: str, text: str, folder: str | Path | None, root: Path) -> None:
+    "Write a record where it belongs, in the place of none but its own, and never half a file."
+    official = os.environ.get("EXP_RECORD") == "1"
+    mine = folder is None and not official
     if folder is None:
         if scale() == "tiny" or not (root/"settings.ini").is_file(): return
-        official = os.environ.get("EXP_RECORD") == "1"
         folder = root/("results" if official else "my/results")
-        if not official: print(f"kept in my/results/{name}")
-    file = Path(folder)/name
+    start, word, end = [re.sub(r"[\W²³]+", "-", name.lower()).strip("-")
+                        for name in (lesson, what, scale())]
+    short = word.encode()[:120].decode(errors="ignore")
+    file = Path(folder)/f"{start}-{short}-{end}.json"
+    heading = "\n".join(text.split("\n")[:3])          # {, its lesson, and what was measured
+    there = file.read_text("utf-8", errors="replace") if file.exists() else heading
+    if short != word or not there.startswith(heading):
+        mark = hashlib.sha256(what.encode()).hexdigest()[:6]   # + and - look alike in a file's name
+        file = file.with_name(f"{start}-{short}-{mark}-{end}.json")
+    if mine: print(f"kept in my/results/{file.name}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{name}.{os.getpid()}.part")
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, file)
@@ -344,7 +369,8 @@ def record(
     """Keep a measured result, with mean and sample sd and all that is needed to doubt it.
 
     The file is <lesson>-<what>-<scale>.json, and appears whole or not at all.
-    Raises: ValueError for no values, for NaN, or for seeds that do not match.
+    Raises: ValueError for no values, for NaN, or for seeds that do not match; TypeError for seeds
+    that are not whole.
     """
     values, seconds = (np.atleast_1d(np.asarray(x, dtype=float)) for x in (values, seconds))
     whole = values.ndim == 1 and len(values) and np.isfinite([*values, *seconds]).all()
@@ -355,14 +381,13 @@ def record(
     is_path = isinstance(data, Path) or Path(data).name != data
     result = dict(
         lesson=lesson, what=what, unit=unit, values=values, mean=values.mean(),
-        sd=values.std(ddof=1) if len(values) > 1 else None, seeds=[int(seed) for seed in seeds],
+        sd=values.std(ddof=1) if len(values) > 1 else None, seeds=[*map(operator.index, seeds)],
         data=dict(name=Path(data).name or None, source=str(source_of(data)) if is_path else None),
         seconds=seconds, scale=scale(), device=device_name(device), versions=dict(
             python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__),
         **_code_version(root), date=datetime.now(UTC).date().isoformat(), **extra)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False,
-                      default=lambda x: x.tolist())
-    name = "-".join(re.sub(r"[\W²³]+", "-", word.lower()).strip("-")
-                    for word in (lesson, what, scale()))
-    _keep(f"{name}.json", text + "\n", folder, root)
+                      default=lambda x: x.tolist()
+                      if isinstance(x, (Tensor, np.ndarray, np.generic)) else str(x))
+    _keep(lesson, what, text + "\n", folder, root)
     return json.loads(text)

@@ -158,11 +158,11 @@ class Module:
 
     def to(self, *args, **kwargs) -> "Module":
         "Move to a device or float dtype, in place, as Tensor.to does; whole numbers stay such."
-        for t in self.state_dict(keep_vars=True).values():
-            for tensor in (t, t.grad):
-                if tensor is None: continue
-                moved = tensor.data.to(*args, **kwargs)
-                tensor.data = moved if tensor.is_floating_point() else moved.to(tensor.dtype)
+        for _, child in self.named_children(): child.to(*args, **kwargs)
+        own = [t for name, t in self.state_dict(keep_vars=True).items() if "." not in name]
+        for t in own + [t.grad for t in own if t.grad is not None]:
+            moved = t.data.to(*args, **kwargs)
+            t.data = moved if t.is_floating_point() else t.data.to(moved.device)
         return self
 
     def extra_repr(self) -> str: return ""
@@ -228,8 +228,10 @@ class SGD(torch.optim.Optimizer):
         params: Iterable,  # tensors, or dicts with 'params' and perhaps an 'lr' of their own
         lr: float = .1,    # learning rate
     ):
-        if not 0 <= lr < float("inf"): raise ValueError(f"lr is {lr}: give a finite number, ≥ 0")
         super().__init__(params, {"lr": lr})
+        for lr in [group["lr"] for group in self.param_groups]:
+            if not 0 <= lr < float("inf"):
+                raise ValueError(f"lr is {lr}: give a finite number, ≥ 0")
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:

@@ -173,6 +173,16 @@ def test_unbroadcast_is_sum_to_size(shapes):
     test_like(unbroadcast(g, shape), g.sum_to_size(shape))
 
 
+@given(st.lists(st.integers(1, 3), max_size=3), st.lists(st.integers(1, 3), max_size=3))
+def test_unbroadcast_refuses_what_sum_to_size_refuses(one, two):
+    g = torch.ones(one)
+    try: want = g.sum_to_size(two)
+    except RuntimeError: want = None
+    if want is None:
+        with pytest.raises(ValueError): unbroadcast(g, tuple(two))
+    else: test_like(unbroadcast(g, tuple(two)), want)
+
+
 @given(st.integers(0, 10**6), st.floats(-3, 3), st.floats(-3, 3))
 def test_backward_is_linear_in_the_gradient(seed, p, q):
     x, g, h = normal(2, 3, seed=seed), normal(2, 3, seed=seed + 1), normal(2, 3, seed=seed + 2)
@@ -436,6 +446,20 @@ def test_update_after_backward_is_fine():
     test_like(w.data, torch.tensor([1., 2.])*.8**3)
 
 
+@pytest.mark.parametrize("step", [operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imatmul])
+def test_a_leaf_is_not_updated_by_a_new_tensor_under_its_name(step):
+    w = Tensor(torch.ones(2), True)
+    for other in (2., torch.ones(2), Tensor(torch.ones(2)), Tensor(torch.ones(2), True)):
+        with pytest.raises(TypeError, match="write w.data -= …"): step(w, other)
+    assert w.data.tolist() == [1., 1.] and w.requires_grad
+
+
+def test_sums_in_a_loop_live():
+    w, total, plain = Tensor([1., 2.], True), 0., Tensor([0., 0.])
+    for _ in range(3): total += w*w; plain += w; plain *= 2.; plain -= 1; plain /= 2
+    (total + plain).sum().backward(); test_like(w.grad, 6*w.data + 1 + 1 + 1)
+
+
 # -- depth and memory ----------------------------------------------------------------------------
 
 def chain(t, n):
@@ -512,6 +536,35 @@ def test_gradcheck_convicts():
     x = torch.ones(2, 3).T; assert gradcheck(lambda a: a*a, x) < 1e-8 and x.eq(1).all()   # strided, float32, left alone
     assert gradcheck(lambda a, b: a.sum() + b.sum(), torch.empty(0), normal(2)) < 1e-8
     with pytest.raises(AssertionError, match="input 1"): gradcheck(lambda a, b: a + b.detach(), normal(2), normal(2))
+
+
+def test_gradcheck_is_not_fooled_by_a_vjp_that_writes_into_what_it_gets():
+    wrong = taped(lambda a: (a*1, lambda g: g.mul_(2)))
+    with pytest.raises(AssertionError, match="input 0"): gradcheck(wrong, normal(3))
+
+
+@pytest.mark.parametrize("func, x", [(lambda a: a.log(), -torch.ones(2)), (lambda a: a*torch.nan, torch.ones(2)), (lambda a: a.exp(), torch.full((1,), 1e4))])
+def test_gradcheck_acquits_nothing_that_is_not_finite(func, x):
+    with pytest.raises(AssertionError, match="input 0: func has no finite slope"): gradcheck(func, x)
+
+
+def test_gradcheck_leaves_the_gradients_of_others_alone():
+    w, v = Tensor([1., 2.], True), Tensor([1., 2.], True)
+    w.grad = held = torch.tensor([7., 7.])
+    gradcheck(lambda a: a*w*v, normal(2))
+    assert w.grad is held and held.tolist() == [7., 7.] and v.grad is None
+    with pytest.raises(ZeroDivisionError): gradcheck(lambda a: taped(lambda a: (a, lambda g: 1/0))(a)*w, normal(2))
+    assert w.grad is held and held.tolist() == [7., 7.] and v.grad is None
+
+
+def test_a_tensor_that_would_lose_its_gradient_is_refused():
+    @taped
+    def cat(parts, more=0.): return torch.ones(2), lambda g: g
+    a, b = Tensor([1.], True), Tensor([2.])
+    for call in (lambda: cat([b, a]), lambda: cat((a,)), lambda: cat(a, more=a), lambda: cat(b, more=a*2)):
+        with pytest.raises(TypeError, match="cat: a Tensor in a tuple, list or keyword would get no gradient"): call()
+    cat([a.detach(), b], more=b)
+    with no_grad(): cat([a], more=a)
 
 
 def test_toposort():

@@ -223,6 +223,13 @@ def test_finite_differences_step_and_empty():
     assert finite_difference_grad(lambda x: x.sum(), torch.zeros(0, 3, dtype=torch.float64)).shape == (0, 3)
 
 
+@pytest.mark.parametrize("at", [0., 1e-8, 3., -1e6, 1e12, -1e100])
+def test_finite_differences_of_any_size(at):
+    x = torch.tensor([at], dtype=torch.float64)
+    test_like(finite_difference_grad(lambda x: 3*x, x).item(), 3., rtol=1e-9)
+    if abs(at) < 1e20: test_like(finite_difference_grad(lambda x: x**2, x).item(), 2*at, rtol=1e-8, atol=1e-9)
+
+
 def test_finite_differences_restore_x_when_the_function_fails():
     x = torch.tensor([1., 2.], dtype=torch.float64)
     with pytest.raises(ZeroDivisionError): finite_difference_grad(lambda x: 1/0, x)
@@ -251,6 +258,33 @@ def wrong_linear(weight=1., bias=1., back=1.):
         accumulate(self.bias, bias*grad.sum(0))
         return back*grad @ self.weight
     return broken(Linear, backward=backward)(4, 3)
+
+
+def test_a_backward_that_writes_into_its_gradient_is_caught():
+    doubles = broken(ReLU, backward=lambda self, grad: torch.where(self.recall(grad)[0] <= 0, 0, grad.mul_(2)))()
+    with pytest.raises(AssertionError, match="'input'"): check_gradients(doubles, rand(5, 4))
+
+
+def test_what_is_not_finite_is_not_acquitted():
+    nan = broken(ReLU, forward=lambda self, x: self.remember(x*float("nan"), x), backward=lambda self, grad: self.recall(grad)[0]*float("nan"))()
+    with pytest.raises(AssertionError, match="'input' has no finite slope"): check_gradients(nan, rand(5, 4))
+
+
+def test_a_shared_weight_is_one_parameter():
+    one = Linear.wrap(rand(3, 3, seed=1), rand(3, seed=2))
+    two = Linear.wrap(one.weight, torch.zeros(3))
+    model = Sequential(one, ReLU(), two)
+    assert [p.data_ptr() for p in model.parameters()] == [p.data_ptr() for p in (one.weight, one.bias, two.bias)]
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert max(check_gradients(model, rand(4, 3)).values()) < 1e-8
+
+
+@pytest.mark.parametrize("spoil", [lambda p: p[:1], lambda p: [*p, p[0]], lambda p: [p[0], p[1].sum(), *p[2:]]])
+def test_no_half_step_is_taken(spoil):
+    params = init_mlp((4, 3, 2))
+    before = [p.clone() for p in params]
+    with pytest.raises(ValueError): train_mlp(lambda p, x, y: (0., iter(spoil(p))), params, rand(5, 4), torch.zeros(5))
+    test_like(params, before)
 
 
 @pytest.mark.parametrize("layer,word", [

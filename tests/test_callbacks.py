@@ -670,3 +670,66 @@ def test_a_parameter_of_two_optimizers_is_clipped_once():
     learn = make([C.GradientClip(.01), At("before_step", note, order=90)], net=net, opt_func=two, dls=L.DataLoaders(batches(16), None))
     learn.fit(1)
     assert len(learn.params()) == 0 and len(norms) == 1 and norms[0] == pytest.approx(.01, rel=1e-3)
+
+
+# --- what a fresh engineer found -------------------------------------------------------------------------------------------
+
+def test_two_optimizers_learn_at_their_rate_with_accumulation_of_one():
+    class Turns(L.Learner):
+        def train_batch(self):
+            for opt in self.opts.values():
+                self.backward(self.get_loss(self.forward(self.xb), self.yb)); self.step(opt); self.zero_grad()
+        def both(self):
+            self.backward(self.get_loss(self.forward(self.xb), self.yb))
+            for opt in self.opts.values(): self.step(opt); self.zero_grad(opt)
+    class Both(Turns): train_batch = Turns.both
+    def opts(params, lr): return {"a": torch.optim.SGD(params[:2], lr=lr), "b": torch.optim.SGD(params[2:], lr=lr)}
+    for kind in (Turns, Both):
+        after = []
+        for cbs in ([], [C.GradientAccumulation(1)]):
+            learn = kind(model(), L.DataLoaders(batches()), nn.functional.cross_entropy, opts, lr=.1, cbs=cbs, quiet=True, device="cpu")
+            learn.fit(1); after.append(weights(learn))
+        for p, q in zip(*after): torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("event, order", [("before_batch", 0), ("after_loss", -99), ("after_loss", 99), ("after_backward", 0)])
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_recorder_notes_what_was_learnt(event, order, n):
+    recorder = C.Recorder()
+    make([recorder, At(event, raises(L.CancelBatch()), n=n, order=order)]).fit(1)
+    assert len(recorder.losses) == len(recorder.lrs) == len(recorder.momenta) == 2
+
+
+@pytest.mark.parametrize("change", ["load", "by hand", "another fit"])
+def test_an_average_says_nothing_about_weights_that_were_changed(change):
+    ema = C.EMA(.5)
+    learn = make(ema); learn.fit(1)
+    averaged = learn.validate()
+    assert learn.validate() == averaged and ema.average
+    twin = copy.deepcopy(learn)
+    assert twin.validate() == averaged
+    if change == "load": learn.model.load_state_dict(model(3).state_dict())
+    elif change == "by hand":
+        opt = torch.optim.SGD(learn.model.parameters(), lr=1.)
+        nn.functional.cross_entropy(learn.model(batches()[0][0]), batches()[0][1]).backward(); opt.step()
+    else:
+        learn.remove_cb(ema); learn.fit(1); learn.add_cb(ema)
+    now = learn.validate()
+    learn.remove_cb(ema)
+    assert now == learn.validate() != averaged
+
+
+def test_a_nan_gradient_and_a_mask_of_infinity_are_thought_of():
+    class Root(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(6, 2)
+        def forward(self, x): return (self.lin(x)*0).sqrt() + self.lin(x)
+    with pytest.raises(FloatingPointError, match=r"or its gradient was not finite \(sqrt or log at 0\)"): make(C.TerminateOnNaN(), net=Root()).fit(1)
+    class Masked(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(6, 2)
+        def forward(self, x, mask): return (self.lin(x) + mask.clamp(min=-1.)).log()
+    class Spoilt(Masked):
+        def __init__(self): super().__init__(); self.lin.bias.data[0] = float("nan")
+    x, y = data(8)
+    dls = L.DataLoaders([((x, torch.full((8, 1), -float("inf"))), y)])
+    with pytest.raises(FloatingPointError, match="weights lin.bias are not finite"): make(C.TerminateOnNaN(), dls, Spoilt()).fit(1)
+    with pytest.raises(FloatingPointError, match="xb holds NaN or infinity in row 0"): make(C.TerminateOnNaN(), dls, Masked()).fit(1)

@@ -373,3 +373,62 @@ def test_ctrl_c_while_writing_leaves_no_part(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: raises(KeyboardInterrupt())(None))
     with pytest.raises(KeyboardInterrupt): learn.save(tmp_path/"a.pt")
     assert not list(tmp_path.iterdir())
+
+
+# --- what a fresh engineer found -------------------------------------------------------------------------------------------
+
+def test_a_wrong_monitor_loses_no_epoch(tmp_path):
+    learn = make([SaveCheckpoint(tmp_path, "no_loss")])
+    with pytest.raises(ValueError, match="watches 'no_loss'"): learn.fit(2)
+    assert read_checkpoint(tmp_path/"last.pt")["epochs_done"] == 1
+
+
+def test_a_second_fit_has_to_beat_the_best_of_the_first(tmp_path):
+    keep = SaveCheckpoint(tmp_path, "score")
+    learn = make([keep], metrics=[Script([.9, .5, .95])]); learn.fit(1)
+    best = (tmp_path/"best.pt").read_bytes()
+    learn.fit(1)
+    assert (tmp_path/"best.pt").read_bytes() == best
+    learn.fit(1)
+    assert (tmp_path/"best.pt").read_bytes() != best
+    learn.remove_cb(keep)
+    make([keep], metrics=[Script([.1])]).fit(1)
+    assert keep.kept == [[.1, "best.pt"]], "another model"
+
+
+def test_the_n_best_have_names_of_their_own(tmp_path):
+    learn = make([SaveCheckpoint(tmp_path, "score", n_best=2)], metrics=[Script([.9, .5, .7, .8])])
+    for _ in range(4): learn.fit(1)
+    assert {p.name for p in tmp_path.iterdir()} == {"best.pt", "last.pt", *(name for _, name in learn.cb(SaveCheckpoint).kept)}
+    twice = At("after_step", lambda learn: [learn.record({"epoch": 0, "score": s}) for s in (.1, .2)])
+    learn = make([SaveCheckpoint(tmp_path/"b", "score", n_best=3), twice], metrics=[Script([.3])]); learn.fit(1)
+    assert len({name for _, name in learn.cb(SaveCheckpoint).kept}) == 3 and len([*(tmp_path/"b").iterdir()]) == 5
+
+
+def test_no_training_goes_on_from_an_average(tmp_path):
+    make([EMA(.9), SaveCheckpoint(tmp_path)]).fit(1)
+    with pytest.raises(ValueError, match="best.pt holds averaged weights.*take last.pt"): make([EMA(.9), SaveCheckpoint(tmp_path)]).fit(2, resume=tmp_path/"best.pt")
+    make([EMA(.9), SaveCheckpoint(tmp_path)]).fit(2, resume=tmp_path/"last.pt")
+
+
+def test_an_epoch_that_was_cut_cannot_be_gone_on_from(tmp_path):
+    def save(): return At("after_epoch", lambda learn: learn.save(tmp_path/"a.pt"), mode=None)
+    with pytest.raises(ValueError, match="in the middle of an epoch"): make([save(), At("after_step", raises(L.CancelEpoch()))]).fit(1)
+    make([save(), At("before_batch", raises(L.CancelEpoch()), mode="validate")]).fit(1)
+    assert read_checkpoint(tmp_path/"a.pt")["epochs_done"] == 1
+    make(At("before_epoch", lambda learn: learn.save(tmp_path/"b.pt"), n=1, mode=None)).fit(2)
+    assert read_checkpoint(tmp_path/"b.pt")["epochs_done"] == 1
+
+
+class Noise(L.Callback):
+    "Adds noise from generators of its own."
+    def __init__(self, seed): self.rng, self.mine = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    def before_batch(self, learn):
+        if learn.training: learn.xb = learn.xb + self.rng.normal() + torch.randn(learn.xb.shape, generator=self.mine)
+
+
+def test_a_resume_knows_generators_of_callbacks(tmp_path):
+    calm = make([Noise(0)]); calm.fit(2)
+    make([Noise(0), SaveCheckpoint(tmp_path)]).fit(1)
+    resumed = make([Noise(5), SaveCheckpoint(tmp_path)], net=model(4)); resumed.fit(2, resume=tmp_path/"last.pt")
+    assert equal(weights(calm), weights(resumed))

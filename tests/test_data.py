@@ -121,7 +121,8 @@ def test_random_splitter(n, seed, share):
 
 def test_splitters():
     files = [f"/d/{part}/{kind}/1.jpg" for part in ("train", "val", "test", "unsup") for kind in "ab"] + ["lone.jpg", "x/y.jpg"]
-    assert grandparent_splitter(files) == ([0, 1], [2, 3, 4, 5]) == grandparent_splitter([Path(f) for f in files])
+    assert grandparent_splitter(files) == ([0, 1], [2, 3]) == grandparent_splitter([Path(f) for f in files])                  # a test set is not for choosing
+    assert grandparent_splitter(files, valid=("val", "test")) == ([0, 1], [2, 3, 4, 5]) and grandparent_splitter(files[:2] + files[4:6]) == ([0, 1], [2, 3])
     assert grandparent_splitter(files, valid="test") == ([0, 1], [4, 5]) and grandparent_splitter(files, "val", ["unsup"]) == ([2, 3], [6, 7])
     assert func_splitter(lambda f: "val" in f)(files[:4]) == ([0, 1], [2, 3]) and func_splitter(bool)([]) == ([], [])
     assert random_splitter()(range(99)) == random_splitter()(range(99)) != random_splitter(1)(range(99))    # the same in every process
@@ -150,6 +151,7 @@ def test_labels():
     label = regex_label(r"/(\w+)_\d+\.jpg$")
     assert label(Path("x/great_pyrenees_12.jpg")) == "great_pyrenees"
     with pytest.raises(ValueError, match="other.png"): label("x/other.png")
+    with pytest.raises(ValueError, match="7.jpg"): regex_label(r"([a-z]+_)?\d+\.jpg$")("7.jpg")            # a group that takes no part is no label
 
 
 @given(st.lists(st.text(min_size=1), min_size=2).filter(lambda labels: len(set(labels)) > 1))
@@ -170,6 +172,7 @@ def test_multicategorize_round_trip(rows):
 def test_categorize_given_unseen_and_alone():
     tfm = Categorize(["no", "yes"]); tfm.setup(["yes"])
     assert tfm.vocab == ["no", "yes"] and tfm("yes") == 1
+    for kind in (set, frozenset): assert Categorize(kind("edcba")).vocab == list("abcde")
     with pytest.raises(ValueError, match="'maybe'.*training set.*no.*yes"): tfm("maybe")
     with pytest.warns(UserWarning, match="photos.*two classes.*get_y"): Categorize().setup(["photos"]*9)
     many = MultiCategorize(["ball", "dog"])
@@ -266,6 +269,13 @@ def test_normalize_measures_what_it_was_not_told():
     with pytest.raises(TypeError, match="uint8.*to_float"): DataBlock(range, random_splitter(), abs, lambda i: torch.zeros(3, 2, 2).byte(), Normalize()).dataloaders(9, 3).one_batch()
 
 
+def test_normalize_of_other_channels_or_of_items_is_refused():
+    for x in (torch.ones(2, 1, 4, 4), torch.ones(3, 1)):
+        with pytest.raises(ValueError, match="3 means and 3 stds for 1 channels"): Normalize([.4, .5, .6], [.2, .3, .1])(x)
+    assert Normalize([1.], [2.])(torch.ones(2, 3, 4, 4)).shape == (2, 3, 4, 4)                             # one for all channels
+    with pytest.raises(TypeError, match="batch_tfms"): rows(item=[lambda i: torch.zeros(3, 4, 4), Normalize([0.]*3, [1.]*3)])
+
+
 # --- samples ---------------------------------------------------------------------------------------------------------------
 
 def test_targets_are_made_when_asked_for_and_heavy_labels_once_per_sample():
@@ -310,6 +320,40 @@ def test_words_in_lists_are_guessed_to_be_many_classes():
         assert dls.vocab == ["a", "b"] and dls.valid.ds[2][1].tolist() == [1, 1] and dls.train.ds[0][1].tolist() == [0, 0]
     for get_y in (lambda i: [(1., 2.)]*(i > 5), lambda i: torch.ones(2), lambda i: np.ones(2), lambda i: [], lambda i: ["a", i]):
         assert rows(get_y=get_y).vocab is None                                    # boxes, masks, nothing, something else
+
+
+@given(st.permutations([1, 2.5, 3, np.int64(4), np.float32(0), True]), st.booleans())
+def test_targets_are_floats_if_one_label_is(labels, listed):
+    dls = rows(get_y=lambda i: [labels[i % 6], 1] if listed else labels[i % 6])
+    for _, yb in [*dls.train, *dls.valid]: assert yb.dtype == torch.float32 and yb.shape[1:] == (2,)*listed
+    whole = rows(get_y=lambda i: [i, 1] if listed else i).one_batch()[1]
+    assert [y.dtype for y in (whole if listed else [whole])] == [torch.int64]*(1 + listed)
+
+
+def test_items_with_bad_labels_are_skipped_too():
+    for good in (lambda i: "ab"[i % 2], float, int):
+        def get_y(i):
+            if i in (1, 3, 7): raise KeyError(f"{i} has no label")
+            return good(i)
+        with pytest.raises(KeyError, match="3 has no label"): [*rows(get_y=get_y).train]
+        dls = rows(get_y=get_y, on_error="skip")
+        assert sorted(i for xb, _ in [*dls.train, *dls.valid] for i in xb[:, 0].tolist()) == [0, 2, 4, 5, 6, 8, 9, 10, 11]
+        assert sorted(i for i, why in dls.skipped if "no label" in why) == [1, 3, 7]
+
+
+def test_loaders_of_other_items(folder):
+    dls = block(pixels, batch_tfms=[lambda xb: xb.float()/255, Normalize()]).dataloaders(folder, 4)
+    dl = dls.loader_of(dls.valid.ds.items)
+    like(*([(dl.batch_tfms((xb, yb))) for xb, yb in dl] for dl in (dl, dls.valid)), rtol=0, atol=0)
+    learn = Learner(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)), dls, cross_entropy, SGD, quiet=True)
+    assert learn.validate(dl) == learn.validate()
+    seen = []
+    class Look(Transform):
+        joint = True
+        def __call__(self, pair, generator): seen.append(pair[1]); return pair
+    assert rows(batch_tfms=Look()).batch_of([5]).tolist() == [[5.]] and seen == [None]                      # a new item has no label
+    for wrong in ([], "a.png", Path("a.png")):
+        with pytest.raises(ValueError, match="at least one item"): dls.batch_of(wrong)
 
 
 def test_a_walk_over_samples_ends_and_only_at_the_end():
@@ -448,7 +492,8 @@ def test_loader_options_win_over_the_blocks(folder):
     for dl in (dls.train, dls.valid):
         xb, yb = next(iter(dl)); assert isinstance(xb, list) and xb[3].shape == (3, 8, 8) and yb.shape == (4,)
     assert dls.train.num_workers == 0 and dls_of(folder).train.workers == "threads" and dls_of(folder, workers="processes", num_workers=1).valid.workers == "processes"
-    with pytest.raises(ValueError, match="shuffle, sampler"): dls_of(folder, sampler=[1])
+    for order in (dict(sampler=[1]), dict(shuffle=False), dict(batch_sampler=[[1]])):
+        with pytest.raises(ValueError, match=r"sampler=…|shuffle"): dls_of(folder, **order)
 
 
 def test_batch_transforms_keep_the_protocol_of_items(folder):

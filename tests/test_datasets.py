@@ -184,7 +184,7 @@ def test_offline_asks_nobody(web, monkeypatch, capsys, value, offline):
     assert ("EXP_OFFLINE" if offline is None else "offline=True") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value, offline", [("0", None), ("", None), ("1", False)])
+@pytest.mark.parametrize("value, offline", [("0", None), ("", None), ("off", None), ("False", None), ("1", False)])
 def test_online(web, monkeypatch, value, offline):
     web.pages["/a/toy.tgz"] = serve(GOOD)
     monkeypatch.setenv("EXP_OFFLINE", value)
@@ -445,6 +445,16 @@ def test_a_folder_without_note_is_set_aside(web, tmp_path):
     assert (aside/"train"/"mine.txt").read_text() == "mine"
 
 
+@posix
+def test_a_dangling_link_in_the_cache_is_set_aside(web, tmp_path):
+    (tmp_path/"cache").mkdir()
+    (tmp_path/"cache"/"toy").symlink_to(tmp_path/"a disk that was taken away")
+    web.pages["/a/toy.tgz"] = serve(GOOD)
+    assert source_of(fetch("toy")) == "official"
+    [aside] = (tmp_path/"cache").glob("toy.aside-*")
+    assert aside.is_symlink()
+
+
 def test_a_set_that_lost_a_part_is_fetched_again(web):
     web.pages["/a/toy.tgz"] = serve(GOOD)
     (fetch("toy")/"val").rename(Path(os.environ["EXP_DATA"])/"gone")
@@ -590,6 +600,12 @@ def test_source_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="pass what fetch returned"): source_of(tmp_path)
 
 
+@pytest.mark.parametrize("note", ["", "{}", "[]", '{"name": "toy'])
+def test_a_damaged_note_says_what_to_do(tmp_path, note):
+    (tmp_path/".source.json").write_text(note)
+    with pytest.raises(ValueError, match="is damaged: delete .*, then fetch again"): source_of(tmp_path)
+
+
 def test_a_large_file_is_announced(web, monkeypatch, capsys):
     data = bytes(6_000_000)
     monkeypatch.setitem(registry, "big", DataSet("big", "", 6, {"big.bin": "sha256:" + hashlib.sha256(data).hexdigest()}, (f"{web.url}/a/",), ("big.bin",),
@@ -672,6 +688,17 @@ def test_a_damaged_gzip_is_named(tmp_path, raw):
 def test_not_idx(tmp_path, head):
     (tmp_path/"x").write_bytes(head + bytes(100))
     with pytest.raises(ValueError, match="no IDX file"): read_idx(tmp_path/"x")
+
+
+@pytest.mark.parametrize("change", [dict(labels=np.zeros(3)), dict(labels=np.zeros((4, 1))), dict(code=13), dict(code=9)])
+@pytest.mark.parametrize("part", [0, 1])
+def test_pictures_and_labels_must_match(tmp_path, change, part):
+    for i in range(2):
+        change_here = change if i == part else {}
+        images, labels = list(registry["mnist"].files)[2*i:2*i + 2]
+        (tmp_path/images).write_bytes(idx_bytes(np.zeros((4, 2, 2)), change_here.get("code", 8)))
+        (tmp_path/labels).write_bytes(idx_bytes(change_here.get("labels", np.zeros(4)), 8))
+    with pytest.raises(ValueError, match=f"delete {re.escape(str(tmp_path))}, then fetch again"): load_idx(tmp_path)
 
 
 # ---- the stand-ins ----

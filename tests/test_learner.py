@@ -17,7 +17,7 @@ from learners import At, batches, equal, history, make, model, notes, raises, we
 from torch import nn
 
 from exp import learner as L
-from exp.callbacks import EMA, GradientAccumulation, Progress, Recorder
+from exp.callbacks import EMA, GradientAccumulation, Progress, Recorder, ValidateEvery
 from exp.loaders import DataLoader, TensorDataset
 from exp.training import SGD, accuracy, cross_entropy
 
@@ -929,3 +929,125 @@ def test_import_is_light():
     code = "import exp.learner, sys; print([m for m in ('matplotlib', 'fastprogress', 'IPython', 'pandas') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines()
     assert out[0] == "[]"                                # the time it takes is measured by `make bench`
+
+
+# --- what a fresh engineer found ----------------------------------------------------------------------------------------------
+
+def test_a_cancel_in_a_nested_validation_ends_the_fit():
+    learn = make([ValidateEvery(1), At("after_loss", raises(L.CancelFit()), n=1, mode="validate")]); learn.fit(3)
+    assert not learn.fitting and learn.epoch == 0 and learn.mode is None
+    learn.fit(1)
+    with pytest.raises(RuntimeError, match="CancelFit was raised where"): make([At("after_loss", raises(L.CancelFit()), mode="validate")]).validate()
+
+
+@pytest.mark.parametrize("splitter, n", [(None, -1), (None, 1), (split, 2), (split, -2), (split, 5)])
+def test_freezing_nothing_or_all_is_refused(splitter, n):
+    learn = make(splitter=splitter)
+    with pytest.raises(ValueError, match="give a splitter" if splitter is None else f"n is {n} for 2 groups"): learn.freeze_to(n)
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+
+def test_a_second_rate_counts_with_a_scheduler_of_pytorch(tmp_path):
+    class Scheduler(L.Callback):
+        def before_fit(self, learn): self.one = torch.optim.lr_scheduler.LambdaLR(learn.opt, lambda step: .5)
+        def before_batch(self, learn): rates.append(learn.groups[0]["lr"])
+    learn, rates = make(opt_func=torch.optim.SGD), []
+    learn.fit(1, .1, cbs=Scheduler()); learn.fit(1, .4, cbs=[Scheduler(), At("after_epoch", lambda learn: learn.save(tmp_path/"a.pt"), mode=None)])
+    assert rates[0] == .05 and rates[-1] == .2 and "initial_lr" not in learn.groups[0]
+    assert "initial_lr" not in make(opt_func=torch.optim.SGD).load(tmp_path/"a.pt").groups[0]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_batch_of_no_weight_adds_nothing(empty):
+    def nothing(learn): learn.weight = 0
+    x, y = data(16)
+    dls = L.DataLoaders([(x, y), (x[:0], y[:0])], [(x[:0], y[:0]), (x, y)]) if empty else None
+    learn = make([] if empty else [At("before_batch", nothing, n=1), At("before_batch", nothing, mode="validate")], dls, metrics=accuracy)
+    learn.fit(1)
+    assert all(np.isfinite(v) for v in learn.history[0].values()) and len(learn.history[0]) == 5
+    assert L.Learner(learn.model, (dls or learn.dls), cross_entropy, quiet=True, device="cpu").validate([(x, y)])["valid_loss"] > 0
+
+
+def test_stepped_speaks_of_this_batch_even_around_a_validation():
+    stepped, heard = [], []
+    class Note(L.Callback):
+        order = 99
+        def after_step(self, learn): heard.append(learn.stepped)
+        def after_batch(self, learn): stepped.append(learn.stepped) if learn.training else None
+    make([Note(), ValidateEvery(1), At("after_loss", raises(L.CancelBatch()), n=1)]).fit(1)
+    assert stepped == [True, False, True] and heard == [True, True]
+
+
+def test_copies_begin_outside_any_fit():
+    def bad(learn): raise ZeroDivisionError
+    learn = make(At("after_loss", bad, n=1))
+    with pytest.raises(ZeroDivisionError): learn.fit(1)
+    assert learn.xb is not None and copy.deepcopy(learn).xb is None
+    copies = []
+    learn = make(); learn.fit(1, cbs=At("after_epoch", lambda learn: copies.append(copy.deepcopy(learn)), mode=None))
+    assert not copies[0].fitting and copies[0].mode is None
+    copies[0].fit(1)
+    copies = []
+    learn.fit(1, cbs=At("after_loss", lambda learn: copies.append(copy.copy(learn))))
+    assert copies[0].depth == 0 and copies[0].loss is None
+
+
+def test_predict_gathers_by_rows_or_by_items():
+    class Detect(nn.Module):
+        def forward(self, x): return [torch.zeros(int(n), 4) for n in x[:, 0]]
+    net = Detect(); net.p = nn.Parameter(torch.zeros(()))
+    def boxes(*counts, bs): return make(net=net).predict([(x, None) for x in torch.tensor(counts).float()[:, None].split(bs)])
+    for counts, bs in (((2, 2, 3, 1), 2), ((1, 3, 2), 1), ((2, 2, 1, 2), 2)):
+        assert [len(b) for b in boxes(*counts, bs=bs)] == [*counts]
+    class Two(nn.Linear):
+        def forward(self, x): return [x, super().forward(x)]
+    a, b = make(net=Two(6, 2)).predict([(data(4)[0][:1], None)]*3)
+    assert len(a) == len(b) == 3
+
+
+def test_training_counts_where_its_validation_was_cut():
+    learn = make(At("before_batch", raises(L.CancelEpoch()), mode="validate")); learn.fit(1)
+    assert learn.epochs_done == 1 and not learn.epoch_complete
+    learn = make(At("before_batch", raises(L.CancelEpoch()))); learn.fit(1)
+    assert learn.epochs_done == 0
+
+
+def test_validate_says_when_there_was_nothing():
+    with pytest.raises(ValueError, match="nothing to measure"): make(Never()).validate()
+
+
+class Never(L.Callback):
+    def before_batch(self, learn): raise L.CancelBatch
+
+
+def test_a_reset_that_fails_leaves_no_metric_in_use():
+    class Bad(L.Metric):
+        name = "bad"
+        def reset(self): raise ZeroDivisionError
+    good = L.Mean(accuracy)
+    with pytest.raises(ZeroDivisionError): make(metrics=[good, Bad()]).validate()
+    assert not good.in_use
+
+
+def test_generators_of_numpy_and_under_other_names():
+    class Owner:
+        def __init__(self, seed): self.rng, self.mine, self.dataset = np.random.default_rng(seed), torch.Generator().manual_seed(seed), None
+    owner, inner = Owner(0), Owner(1)
+    owner.dataset = inner
+    assert len(L.generators(owner)) == 4
+    def draw(): return [x for o in (owner, inner) for x in (o.rng.random(), torch.rand(1, generator=o.mine).item())]
+    with L.same_randomness(owner): first = draw()
+    assert first == draw() != draw()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_zero_grad_may_come_first(n):
+    class First(L.Learner):
+        def train_batch(self):
+            self.zero_grad()
+            self.backward(self.get_loss(self.forward(self.xb), self.yb))
+            self.step()
+    kit = [GradientAccumulation(n)] if n > 1 else []
+    last = make(list(kit)); last.fit(2)
+    first = First(model(), L.DataLoaders(batches(), batches(24)), cross_entropy, lr=.1, cbs=kit, quiet=True, device="cpu"); first.fit(2)
+    assert equal(weights(first), weights(last))

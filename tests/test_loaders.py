@@ -216,7 +216,8 @@ def test_indices_are_those_of_the_batch_just_given(kind):
     (dict(shuffle=True, sampler=[1]), ValueError, "sampler"),
     (dict(bs=9, ds=[1, 2], drop_last=True), ValueError, "drop_last"), (dict(sampler=[]), ValueError, "no batch"), (dict(batch_sampler=[]), ValueError, "no batch"),
     (dict(sampler=[1], batch_sampler=[[1]]), ValueError, "give one"), (dict(workers="gnomes"), ValueError, "gnomes"), (dict(on_error="weep"), ValueError, "weep"),
-    (dict(share="eqaul"), ValueError, "'eqaul'.*'equal'"), (dict(sampler=[9]), IndexError, "9"), (dict(batch_sampler=[3]), TypeError, "iterable"),
+    (dict(share="eqaul"), ValueError, "'eqaul'.*'equal'"), (dict(sampler=[9]), IndexError, "9"), (dict(num_workers=-1), ValueError, "num_workers=-1"),
+    (dict(batch_sampler=[[1], []]), ValueError, "no items"), (dict(batch_sampler=[[]], ds=[1, 2]), ValueError, "no items"), (dict(batch_sampler=[3]), TypeError, "iterable"),
 ])
 def test_loader_refuses(args, error, words):
     with pytest.raises(error, match=words): list(DataLoader(**{"ds": pictures(9), "bs": 2} | args))
@@ -244,6 +245,25 @@ def test_an_order_may_be_a_tensor_or_an_array(kind, make):
             assert all(type(i) is int for i in dl.indices)
     dl = DataLoader(Items(bad=[1]), batch_sampler=make([[3, 1], [1, 7]]), on_error="skip", **KINDS[kind])
     assert [yb.tolist() for _, yb in dl] == [[3], [7]] and list(dl.skipped) == [1]
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor])
+def test_a_mask_is_no_order(make):
+    mask = make([False, True, True, False])
+    for options in (dict(bs=2, sampler=mask), dict(batch_sampler=[mask])):
+        for ds in (pictures(4), Items(4)):
+            with pytest.raises(TypeError, match="flatnonzero"): list(DataLoader(ds, **options))
+    assert [yb.tolist() for _, yb in DataLoader(pictures(4), 2, sampler=np.flatnonzero(mask))] == [[1, 2]]
+
+
+def test_what_a_loader_was_made_of_is_not_exchanged():
+    dl = DataLoader(pictures(), 5, shuffle=True)
+    for twin in (dl, copy.copy(dl), copy.deepcopy(dl), pickle.loads(pickle.dumps(dl))):
+        for name in "ds bs sampler batch_sampler collate_fn generator on_error workers num_workers".split():
+            with pytest.raises(AttributeError, match=f"{name} is fixed.*new loader"): setattr(twin, name, None)
+        twin.batch_tfms, twin.share, twin.note = abs, None, "mine"
+        twin.note = "still mine"
+        assert len(list(twin)) == 4
 
 
 # --- chance -----------------------------------------------------------------------------------------------------------------

@@ -217,6 +217,8 @@ def test_resize_takes_the_middle_and_equals_pillow():
         assert (ours.int() - theirs.int()).abs().max() <= 1
     like(Resize(np.int64(20))(im), Resize((20, 20))(im), rtol=0, atol=0)
     like(Resize(30, crop=False)(im), cut(to_byte(im), (0, 0, 90, 60), (30, 30)), rtol=0, atol=0)
+    for box in ((0, 0, 91, 60), (0, 0, 90, 61), (-1, 0, 90, 60), (0, -1, 90, 60), (5, 0, 5, 60), (0, 9, 90, 8)):
+        with pytest.raises(ValueError, match="not within a photo of 90×60"): cut(to_byte(im), box, (30, 30))
     for bad in (0, -3, 1.5, "12", (3, 0), None):
         with pytest.raises((ValueError, TypeError, RuntimeError, ZeroDivisionError)): Resize(bad)(im)
 
@@ -299,6 +301,10 @@ def test_what_a_transform_writes_nobody_else_sees(folder, tmp_path):
         "Blackens four rows in place."
         def __call__(self, x, generator): x[:, :4] = 0; return x
         def for_valid(self): return None
+    for files in (folder, str(folder)):
+        with pytest.raises(TypeError, match="image_files"): PhotoCache(files)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"size is {size}"): PhotoCache(image_files(folder), size)
     cache = PhotoCache(image_files(folder), 40, tmp_path/"den")
     before = [cache(f) for f in image_files(folder)]
     for _ in range(2): list(dls_of(folder, cache, Erase(), Resize(8), num_workers=0).train)

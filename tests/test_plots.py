@@ -62,7 +62,8 @@ def test_bands_are_sample_sd(seeds, n):
     np.testing.assert_allclose(low, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("y", [[1, 2, 3], (1., 2., 3.), np.array([1., 2, 3]), torch.tensor([1., 2, 3]), [torch.tensor(1.), torch.tensor(2.), 3]])
+@pytest.mark.parametrize("y", [[1, 2, 3], (1., 2., 3.), np.array([1., 2, 3]), torch.tensor([1., 2, 3]), [torch.tensor(1.), torch.tensor(2.), 3],
+                               [torch.tensor([1.]), torch.tensor([2.]), torch.tensor([3.])]])
 def test_one_row_has_no_band(y):
     ax = plots.plot_lines({"a": y}, xlabel="x", ylabel="y", title="t")
     assert ax.get_lines()[0].get_ydata().tolist() == [1, 2, 3] and not ax.collections and ax.get_legend() is None
@@ -116,6 +117,17 @@ def test_photos_of_any_mode_keep_their_colours(mode, colour, grey):
 @pytest.mark.parametrize("bright", [[[np.nan, 200.]], [[np.inf, 0.]], [[-np.inf, 17.]]])
 def test_nan_hides_no_wrong_range(bright):
     with pytest.raises(ValueError, match="divide it first"): plots.show_image(np.float32(bright))
+
+
+def test_one_point_a_row_stays_rows():
+    for y in (torch.tensor([[1.], [3.]]), [[1.], [3.]]):
+        ax = plots.plot_lines({"a": y}, xlabel="x", ylabel="y", title="t")
+        assert ax.get_lines()[0].get_ydata().tolist() == [2] and ax.collections
+
+
+def test_positions_may_be_a_generator():
+    ax = plots.plot_lines({"a": [1, 2], "b": (v for v in (3, 4))}, (10*i for i in range(2)), xlabel="x", ylabel="y", title="t")
+    assert [line.get_xdata().tolist() for line in ax.get_lines()] == [[0, 10]]*2 and ax.get_lines()[1].get_ydata().tolist() == [3, 4]
 
 
 def test_positions_are_one_row():

@@ -555,7 +555,7 @@ def test_lr_find_closes_and_puts_back_whatever_ends_it(error):
 def test_lr_find_inside_a_fit_is_refused(event):
     class Look(L.Callback): "Asks in the middle."
     setattr(Look, event, lambda self, learn: S.lr_find(learn, n_batches=10))
-    with pytest.raises(RuntimeError, match="fit was called inside a fit"): make([Look()]).fit(1)
+    with pytest.raises(RuntimeError, match="lr_find was called inside a fit"): make([Look()]).fit(1)
 
 
 def test_a_loader_of_unknown_length_can_be_tested_though_not_scheduled():
@@ -626,11 +626,28 @@ def test_bad_bounds(kwargs):
     with pytest.raises(ValueError, match="give 0 < low < high"): S.lr_find(make(), **kwargs)
 
 
+def test_rates_are_those_that_were_used_and_what_ends_a_test_is_not_only_nan():
+    class Halve(L.Callback):
+        def before_batch(self, learn):
+            for group in learn.groups: group["lr"] /= 2
+    found = S.lr_find(make([Halve()]), low=1e-3, high=1., n_batches=10)
+    assert found.lrs[0] == pytest.approx(.5e-3) and found.lrs[-1] == pytest.approx(.5)
+    with pytest.raises(ValueError, match="the loss exploded"): S.lr_find(make(), low=1e8, high=1e9, n_batches=10)
+
+
+@pytest.mark.parametrize("event", ["before_fit", "before_epoch", "before_pass"])
+def test_who_prepares_the_training_prepares_the_test(event):
+    class Prepare(L.Callback): heard = []
+    setattr(Prepare, event, lambda self, learn: self.heard.append(learn))
+    learn = make([Prepare()]); S.lr_find(learn, n_batches=10)
+    assert len(Prepare.heard) == 1 and Prepare.heard[0] is not learn
+
+
 def test_what_cannot_be_tested():
     with pytest.raises(ValueError, match="dls.train is an iterator, which the test would use up"): S.lr_find(make(dls=L.DataLoaders(iter(batches()))))
     with pytest.raises(ValueError, match="gave no batch"): S.lr_find(make(dls=L.DataLoaders([])))
     x, y = data(8)
-    with pytest.raises(ValueError, match="infinite or NaN after 0 batches, at a rate of 1e-06: start lower, or look for NaN"):
+    with pytest.raises(ValueError, match="ended after 0 batches, from a rate of 1e-06 on: .* Start lower, or look for NaN"):
         S.lr_find(make(dls=L.DataLoaders([(x*math.nan, y)])))
     learn = make()
     learn.model.lock = open(__file__)

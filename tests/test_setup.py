@@ -132,6 +132,15 @@ def test_a_checker_lets_errors_through(capsys, check, answers):
     assert not capsys.readouterr().out
 
 
+class Misspelt(torch.nn.Module):
+    def foward(self, x): return 2*x
+
+
+def test_a_misspelt_forward_is_no_stub(capsys):
+    with pytest.raises(AssertionError, match='missing the required "forward"'): check_double(Misspelt())
+    assert not capsys.readouterr().out
+
+
 def test_a_checker_keeps_its_name_and_crashes_of_its_own():
     assert check_double.__name__ == "check_double" and check_double.__doc__ == "Two times."
     @setup.checker

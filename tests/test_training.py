@@ -272,6 +272,16 @@ def test_modes_and_moves():
     assert model.body[0].seen.dtype == torch.int64 and model.body[0].mean.dtype == torch.float64
 
 
+def test_whole_numbers_do_not_travel_through_other_dtypes():
+    theirs = nn.BatchNorm1d(2); theirs.register_buffer("ids", torch.tensor([70_001, 2**40 + 1]))
+    theirs.register_buffer("scratch", torch.ones(2), persistent=False)
+    net = Sequential(Linear(2, 2), theirs); net[0].register_buffer("ids", torch.tensor([70_001, 2**40 + 1]))
+    net(torch.randn(4, 2)).sum().backward()
+    net.to(torch.float16)
+    for layer in net: assert layer.ids.tolist() == [70_001, 2**40 + 1]
+    assert {t.dtype for p in net.parameters() for t in (p, p.grad)} == {theirs.scratch.dtype} == {torch.float16}
+
+
 def test_sequential_is_a_sequence():
     model, theirs = twins(4, 3, 2)
     for part in (slice(1, None), slice(-1), slice(0, 9, 2)): assert repr(model[part]) == repr(theirs[part])
@@ -320,6 +330,7 @@ def test_sgd_groups_and_state():
     opt.param_groups[0]["lr"] = 9.; opt.load_state_dict(state); assert opt.param_groups[0]["lr"] == .1
     with pytest.raises(ValueError): opt.load_state_dict(SGD([a, b], .1).state_dict())
     twin = pickle.loads(pickle.dumps(opt)); assert [g["lr"] for g in twin.param_groups] == [.1, .5]
+    with pytest.raises(ValueError, match="lr is -1"): SGD([{"params": [a]}, {"params": [b], "lr": -1}])
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, .5); opt.step(); scheduler.step()
     assert [g["lr"] for g in opt.param_groups] == [.05, .25]
 

@@ -32,8 +32,7 @@ def unbroadcast(
         raise ValueError(f"a gradient {tuple(g.shape)} is none of an input {tuple(shape)}")
     added = g.ndim - len(shape)
     stretched = tuple(i + added for i, n in enumerate(shape) if n == 1 and g.shape[i + added] != 1)
-    if added or stretched: g = g.sum((*range(added), *stretched), keepdim=True)
-    return g.reshape(shape)
+    return g.sum((*range(added), *stretched), keepdim=True).reshape(shape)
 
 # %% ../nbs/02a_autograd.ipynb #6820cda5
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -62,6 +61,11 @@ class Tensor:
     __slots__ = ("data", "grad", "node", "__weakref__")
     __array_ufunc__ = None  # NumPy steps aside: array * Tensor is computed here
 
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        "Refuse torch.exp(t), for which t.exp() is meant."
+        raise TypeError(f"torch's {func.__name__} has no tape: use t's methods, or t.data")
+
     def __init__(
         self,
         data: object,                 # torch tensor, NumPy array (both shared), number or list
@@ -71,11 +75,9 @@ class Tensor:
         if requires_grad: self.requires_grad_()
 
     def requires_grad_(self, requires_grad: bool = True) -> "Tensor":
-        """Ask for this leaf's gradient, or stop asking. Same as: torch.Tensor.requires_grad_.
-        Raises: TypeError unless the dtype is a float; ValueError for False on a computed tensor.
-        """
-        if not requires_grad and self.node and not self.node.leaf:
-            raise ValueError(f"{self.node.name} computed this tensor: .detach() cuts its history")
+        """Ask for this leaf's gradient, or, by False, forget gradient and history.
+        Raises: TypeError unless the dtype is a float. Same as: torch.Tensor.requires_grad_, which
+        takes False on leaves only."""
         if requires_grad and not self.data.is_floating_point():
             raise TypeError(f"requires_grad: {self.dtype} has no derivatives; use .float() first")
         if not requires_grad: self.node = None
@@ -129,7 +131,7 @@ def _array(x: object) -> object:
     "What a rule sees: the array of a Tensor or ndarray; anything else as it is."
     if isinstance(x, Tensor): return x.data
     if isinstance(x, torch.Tensor): return x.detach() if x.requires_grad else x
-    if isinstance(x, tuple): return tuple(map(_array, x))
+    if isinstance(x, (tuple, list)): return type(x)(map(_array, x))
     return torch.as_tensor(x) if isinstance(x, np.ndarray) else x
 
 # %% ../nbs/02a_autograd.ipynb #95d61f59
@@ -137,17 +139,17 @@ def taped(
     rule: Callable,  # rule(*arrays, **options) -> value, vjp of the first array, of the second, …
 ) -> Callable:       # the same on Tensors, numbers and arrays; returns a Tensor
     """Make a rule on arrays an operation that records itself. A vjp may return the broadcast shape.
-    The operation raises: TypeError for a recorded Tensor in a tuple, a list or a keyword."""
+    The operation raises: TypeError for a recorded Tensor in a tuple, list or keyword, or without a
+    vjp."""
     name = rule.__name__.strip("_")
     @wraps(rule)
     def operation(*args, **options):
-        aside = [*options.values()]
-        for a in args:
-            if isinstance(a, (tuple, list)): aside += a
+        value, *vjps = rule(*map(_array, args), **{k: _array(v) for k, v in options.items()})
+        aside = [*args[len(vjps):], *options.values()]
+        for a in args: aside += a if isinstance(a, (tuple, list)) else ()
         if _recording.get() and any(isinstance(a, Tensor) and a.node for a in aside):
-            raise TypeError(f"{name}: a Tensor in a tuple, list or keyword would get no gradient; "
-                            "make it an argument of its own, or .detach() it")
-        value, *vjps = rule(*map(_array, args), **options)
+            raise TypeError(f"{name}: a Tensor in a tuple, list or keyword, or without a vjp, gets "
+                            "no gradient; make it an argument with one, or .detach() it")
         out = Tensor(value)
         edges = tuple((a.node, f) for a, f in zip(args, vjps) if isinstance(a, Tensor) and a.node)
         if edges and _recording.get() and value.is_floating_point():
@@ -198,20 +200,14 @@ def toposort(
     return order[::-1]
 
 # %% ../nbs/02a_autograd.ipynb #0d216bd6
-def _backward(
-    self: Tensor,
-    gradient: object = None,     # ∂loss/∂self, the shape of self; None, for one number: 1
-    retain_graph: bool = False,  # keep the tape for another backward
-) -> None:
-    """Add ∂loss/∂leaf to `.grad` of every leaf, and free the tape. Same as: torch.Tensor.backward.
-    Raises: ValueError without a tape or a fitting gradient; RuntimeError if the tape is freed or a
-    saved array was changed."""
-    if gradient is None and self.data.numel() != 1:
-        raise ValueError(f"shape {tuple(self.shape)} needs a gradient: pass one, or .sum() it")
-    start = torch.ones_like(self.data) if gradient is None else torch.as_tensor(_array(gradient))
-    if start.shape != self.shape:
-        raise ValueError(f"gradient is {tuple(start.shape)}, the tensor {tuple(self.shape)}")
-    order, grads = toposort(self.node), {self.node: start.to(self.data)}
+def _way_back(t: Tensor, gradient: object, retain_graph: bool) -> dict[Tensor, torch.Tensor]:
+    "Walk the tape back from t: the gradient of each leaf behind it that somebody still holds."
+    if gradient is None and t.data.numel() != 1:
+        raise ValueError(f"shape {tuple(t.shape)} needs a gradient: pass one, or .sum() it")
+    start = torch.ones_like(t.data) if gradient is None else torch.as_tensor(_array(gradient))
+    if start.shape != t.shape:
+        raise ValueError(f"gradient is {tuple(start.shape)}, the tensor {tuple(t.shape)}")
+    order, grads, found = toposort(t.node), {t.node: start.to(t.data)}, {}
     for name, array, version in [(node.name, *pair) for node in order for pair in node.saved]:
         if array._version != version: raise RuntimeError(f"{name!r} needs an array "
             f"{tuple(array.shape)} that was changed in place: make a new one")
@@ -220,11 +216,23 @@ def _backward(
         for parent, vjp in node.edges:
             part = unbroadcast(vjp(g), parent.shape).to(parent.dtype)
             grads[parent] = grads[parent] + part if parent in grads else part
-        if not node.leaf:
-            if not retain_graph: node.edges, node.saved = None, ()
-        elif (leaf := node.leaf()) is not None:   # somebody still holds that leaf
-            if leaf.grad is None: leaf.grad = torch.zeros_like(leaf.data)
-            leaf.grad += g
+        if node.leaf: found[node.leaf()] = g
+        elif not retain_graph: node.edges, node.saved = None, ()
+    found.pop(None, None)                # what went to leaves that are gone
+    return found
+
+
+def _backward(
+    self: Tensor,
+    gradient: object = None,     # ∂loss/∂self, the shape of self; None, for one number: 1
+    retain_graph: bool = False,  # keep the tape for another backward
+) -> None:
+    """Add ∂loss/∂leaf to `.grad` of every leaf, and free the tape. Same as: torch.Tensor.backward.
+    Raises: ValueError without a tape or a fitting gradient; RuntimeError if the tape is freed or a
+    saved array was changed."""
+    for leaf, g in _way_back(self, gradient, retain_graph).items():
+        if leaf.grad is None: leaf.grad = torch.zeros_like(leaf.data)
+        leaf.grad += g
 
 Tensor.backward = _backward
 
@@ -324,24 +332,16 @@ def gradcheck(
 ) -> float:              # the worst error found
     """Hold `backward` against central differences, in float64. Same as: torch.autograd.gradcheck.
     Raises: AssertionError naming the input whose vjp is wrong, or whose slope is not finite."""
-    arrays = [torch.as_tensor(_array(x)).double().contiguous().clone() for x in inputs]
-    leaves, worst = [Tensor(array, requires_grad=True) for array in arrays], 0.
-    out = func(*leaves)
+    leaves = [Tensor(Tensor(x).data.double().contiguous().clone(), True) for x in inputs]
+    out, worst = func(*leaves), 0.
     mix = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    reached = [node.leaf() for node in toposort(out.node) if node.leaf and node.leaf() is not None]
-    kept = [leaf.grad for leaf in reached]       # of leaves that func has from elsewhere, too
-    for leaf in reached: leaf.grad = None
-    try:
-        out.backward(mix.clone())                # a wrong vjp may write into what it gets
-        grads = [leaf.grad for leaf in leaves]
-    finally:
-        for leaf, grad in zip(reached, kept): leaf.grad = grad
+    grads = _way_back(out, mix.clone(), False)   # a wrong vjp may write into what it gets
     value = no_grad()(lambda _: (func(*leaves).data*mix).sum())
-    for i, (leaf, grad) in enumerate(zip(leaves, grads)):
+    for i, leaf in enumerate(leaves):
         right = finite_difference_grad(value, leaf.data)
         if not right.isfinite().all(): raise AssertionError(
             f"input {i}: func has no finite slope there, so nothing is checked; pass other numbers")
-        found = torch.zeros_like(right) if grad is None else grad
+        found = grads.get(leaf, torch.zeros_like(right))
         test_like({f"input {i}": found}, {f"input {i}": right}, rtol=tol, atol=tol)
         worst = max([worst, *((found - right).abs()/right.abs().clamp(min=1)).flatten().tolist()])
     return worst

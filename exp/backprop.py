@@ -34,9 +34,8 @@ def finite_difference_grad(
     h: float = 1e-5,                   # the step each way, near the cube root of eps; ·|x| above 1
 ) -> Tensor:                           # estimate of dfunc/dx, the shape of x
     """Estimate a gradient by central differences; slow and independent, so fit to judge others.
-    Raises: ValueError unless x is float64 and contiguous."""
-    if x.dtype != torch.float64 or not x.is_contiguous():
-        raise ValueError(f"x is {x.dtype} with strides {x.stride()}: pass x.double().contiguous()")
+    Raises: ValueError unless x is float64."""
+    if x.dtype != torch.float64: raise ValueError(f"x is {x.dtype}: pass x.double()")
     flat, slopes = x.view(-1), []
     for i, value in enumerate(flat.tolist()):
         try:
@@ -52,7 +51,8 @@ def finite_difference_grad(
 class Module:
     """A layer: `forward` remembers what `backward` needs; `backward` adds to every `.grad`.
     Subclasses end `forward` with `return self.remember(out, …)`, and begin `backward` with
-    `self.recall(grad)`."""
+    `self.recall(grad)`; those with parameters, or with layers inside, list them in
+    `named_parameters`."""
     _memory = None
 
     def __call__(self, *args: Tensor) -> Tensor: return self.forward(*args)
@@ -262,17 +262,16 @@ def train_mlp(
     after_epoch: Callable[[int], None] | None = None,  # hears the number of each finished epoch
 ) -> list[float]:          # the loss of every mini-batch, in order
     """Walk downhill by mini-batches, along the gradients that `grad_func` computes.
-    Raises: ValueError if x and y differ in length, or a gradient and its parameter in shape."""
+    Raises: ValueError if x and y differ in length; RuntimeError for a gradient of another shape."""
     if len(x) != len(y): raise ValueError(f"x has {len(x)} examples, y {len(y)}: one target each")
     losses = []
     for epoch in range(epochs):
         for i in minibatches(len(x), bs, 1000*seed + epoch):
             loss, grads = grad_func(params, x[i], y[i])
-            pairs = list(zip(params, grads, strict=True))
-            for p, grad in pairs:                              # before the first half of a step
-                if grad.shape != p.shape: raise ValueError(
-                    f"a gradient is {tuple(grad.shape)}, its parameter {tuple(p.shape)}")
-            for p, grad in pairs: p -= lr*grad
+            for p, grad in zip(params, grads, strict=True): p.grad = grad   # PyTorch checks shapes
+            for p in params:
+                p -= lr*p.grad
+                p.grad = None
             losses.append(float(loss))
         if after_epoch is not None: after_epoch(epoch)
     return losses

@@ -66,16 +66,12 @@ class Recorder(RowCallback):
             self._counted = math.inf
         super().after_batch(learn)
 
-    def see(self, learn: Learner, row: dict) -> None:
-        self._settle()
-        if "valid_loss" in row: self.valid.append((len(self.losses), row["valid_loss"]))
-
-    def _settle(self):
-        "Bring the new losses over from the device, all at once."
+    def after_pass(self, learn: Learner):         # from the device, all at once
         if self._new: self.losses += torch.stack(self._new).tolist()
         self._new = []
 
-    def after_pass(self, learn: Learner): self._settle()
+    def see(self, learn: Learner, row: dict) -> None:
+        if "valid_loss" in row: self.valid.append((len(self.lrs), row["valid_loss"]))
 
     def state_dict(self) -> dict:
         return {k: getattr(self, k) for k in ("losses", "lrs", "all_lrs", "momenta", "valid")}
@@ -109,11 +105,8 @@ class Recorder(RowCallback):
         return axes
 
 
-def read_hyper(
-    group: dict,  # of an optimizer
-    name: str,    # 'lr', 'weight_decay', …; 'momentum' is also Adam's first beta
-):                # its value; None where the group has no such thing
-    "Look up a hyper-parameter of a group."
+def read_hyper(group: dict, name: str) -> Any:    # None where the group has no such thing
+    "Look up a hyper-parameter of an optimizer's group; 'momentum' is also Adam's first beta."
     return group["betas"][0] if name == "momentum" and "betas" in group else group.get(name)
 
 # %% ../nbs/05a_callback_kit.ipynb #a5c2422a
@@ -147,18 +140,14 @@ class TerminateOnNaN(Callback):
         self.last = f"{loss:.4g} at {here}"
 
 
-def explain_nan(
-    learn: Learner,  # in the middle of a batch, or after an error in one
-) -> str:            # a sentence: where it comes from, and what to try
-    "Look for the first thing that is not finite: data, targets, weights, a layer, the loss."
+def explain_nan(learn: Learner) -> str:    # in the middle of a batch, or after an error in one
+    "Say which is the first thing not finite (data, targets, weights, a layer, loss); what to try."
     def data(certain: Callable) -> str:
         for name, x in (("xb", learn.xb), ("yb", learn.yb)):
             bad = _not_finite(x)
-            if not any(certain(t).any() for t in bad): continue
-            places = [(~t.isfinite()).nonzero()[:, :1].unique().tolist() for t in bad]
-            rows = sorted({row for part in places for row in part})
-            if rows: return (
-                f"{name} holds NaN or infinity in row {', '.join(map(str, rows[:5]))}"
+            rows = {i for t in bad for i in (~t.isfinite()).nonzero()[:, :1].unique().tolist()}
+            if rows and any(certain(t).any() for t in bad): return (
+                f"{name} holds NaN or infinity in row {', '.join(map(str, sorted(rows)[:5]))}"
                 f"{', …'*(len(rows) > 5)}: look at these items, and how they were made.")
         return ""
     if found := data(Tensor.isnan): return found         # infinity may be meant, as in a mask
@@ -173,9 +162,9 @@ def explain_nan(
         return data(Tensor.isinf) or ("Data and weights are finite; which layer it is could not be "
                                      f"found out ({error}).")
     if layer is None: return data(Tensor.isinf) or (
-        "Outputs are finite, so it comes from loss_func: look for log(0), 0/0, or targets out of "
-        "its range.")
-    buffers = [b for b, value in layer.named_buffers(recurse=False) if _not_finite(value)]
+        "Run again, the model gives finite outputs, so it comes from loss_func (look for log(0), "
+        "0/0, or targets out of its range) or from chance, as in dropout.")
+    buffers = [b for b, value in layer.named_buffers(recurse=False) if value.isnan().any()]
     cure = (f"its {', '.join(buffers)} is not finite: did an earlier batch spoil it?" if buffers
             else "lower the rate, or look for log(0), 0/0 and half precision in it.")
     return (f"{name} ({type(layer).__name__}) gives the first value that is not finite, from "
@@ -225,9 +214,7 @@ class GradientAccumulation(Callback):
     """Step once for `n_batches` batches, and at a pass's end, with the mean gradient of all items.
     Under torch.distributed the items of all processes count."""
     order = -20
-    def __init__(self, n_batches: int):    # batches per step, 1 or more
-        if n_batches < 1: raise ValueError(f"n_batches is {n_batches}: give at least 1")
-        self.n_batches = n_batches
+    def __init__(self, n_batches: int): self.n_batches = n_batches     # batches per step
 
     def before_fit(self, learn: Learner):
         _only_one(learn, GradientAccumulation)
@@ -235,10 +222,10 @@ class GradientAccumulation(Callback):
             "several optimizers step in turn: gradients of several batches cannot be added up")
 
     def after_loss(self, learn: Learner):
-        if not learn.training: return
-        learn.loss_for_grad = learn.loss_for_grad*learn.weight
-        with_this = len(learn.window) + (not learn.unfinished)       # a second loss of this batch?
-        learn.accumulating = with_this < self.n_batches
+        if learn.training: learn.loss_for_grad = learn.loss_for_grad*learn.weight
+
+    def after_backward(self, learn: Learner):
+        learn.accumulating = len(learn.window) < self.n_batches
 
     def before_step(self, learn: Learner):
         weight = float(sum(learn.window) or learn.weight)   # another optimizer emptied the window
@@ -252,10 +239,10 @@ def _only_one(learn: Learner, kind: type) -> None:
 
 # %% ../nbs/05a_callback_kit.ipynb #eef51f84
 class EMA(Callback):
-    """Keep a running average of the weights, and measure and predict with it.
+    """Keep a running average of a fit's weights, from the first on; measure and predict with it.
     Paper: Polyak & Juditsky 1992; as in Mean Teacher, Tarvainen & Valpola 2017."""
     order = 20
-    def __init__(self, decay: float = .999):    # what is left of the average after each step
+    def __init__(self, decay: float = .999):    # it looks back over about 1/(1 - decay) steps
         if not 0 <= decay < 1: raise ValueError(f"decay is {decay}: give 0 ≤ decay < 1")
         self.decay, self.users, self._put_aside = decay, 0, []
         self.forget_weights()
@@ -351,6 +338,13 @@ class Best(RowCallback):
 
     def judge(self, learn: Learner, value: float) -> None: "A new value of what is watched."
 
+    def state_dict(self) -> dict: return {"monitor": self.monitor}
+    def load_state_dict(self, state: dict) -> None:
+        if state["monitor"] != self.monitor: raise ValueError(
+            f"{type(self).__name__} watches {self.monitor!r} here, but {state['monitor']!r} in the "
+            "first run: resume with the same callbacks, in the same order")
+        vars(self).update(state)
+
 
 class EarlyStopping(Best):
     "End the training when a value has not improved for `patience` rows."
@@ -386,17 +380,15 @@ class EarlyStopping(Best):
         for cb in learn.cbs:
             if isinstance(cb, EMA): cb.forget_weights()
 
-    def state_dict(self) -> dict: return {k: getattr(self, k) for k in ("best", "wait", "weights")}
-    def load_state_dict(self, state: dict) -> None: vars(self).update(state)
+    def state_dict(self) -> dict:
+        return super().state_dict() | {k: getattr(self, k) for k in ("best", "wait", "weights")}
 
 # %% ../nbs/05a_callback_kit.ipynb #bad0bb39
 class ValidateEvery(Callback):
     """Validate after every n steps, and add a row to the history. The last step of an epoch is
     left to the epoch's own validation."""
     order = 65
-    def __init__(self, n: int):   # steps from one validation to the next, 1 or more
-        if n < 1: raise ValueError(f"n is {n}: give at least 1 step")
-        self.n, self.steps = n, 0
+    def __init__(self, n: int): self.n, self.steps = n, 0    # steps from one to the next
 
     def before_fit(self, learn: Learner): self.steps = 0
     def after_step(self, learn: Learner):

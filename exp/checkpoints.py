@@ -7,8 +7,6 @@ __all__ = ['SaveCheckpoint']
 
 # %% ../nbs/05b_checkpoints.ipynb #984acc97
 import math
-import os
-import shutil
 from os import PathLike
 from pathlib import Path
 
@@ -34,6 +32,9 @@ class SaveCheckpoint(Best):
 
     def before_fit(self, learn: Learner):
         super().before_fit(learn)
+        folders = [cb.folder for cb in learn.cbs if isinstance(cb, SaveCheckpoint)]
+        if folders.count(self.folder) > 1: raise ValueError(
+            f"two SaveCheckpoints write to {self.folder}: give each a folder of its own")
         if learn.model is not self._model: self.kept = []   # a second fit has a best to beat
         self.steps, self._model = 0, learn.model
 
@@ -45,16 +46,17 @@ class SaveCheckpoint(Best):
     def judge(self, learn: Learner, value: float) -> None:
         rank = sum(not self.better(value, other) for other, _ in self.kept)
         if rank >= self.n_best or math.isnan(value): return
-        row, best = learn.history[self.seen - 1], self.folder/"best.pt"
+        row, best = learn.history[self.seen - 1], "best.pt"
         place = "_".join(str(row[k]) for k in ("epoch", "step") if k in row)
-        name = f"best_{place}.pt" if self.n_best > 1 else best.name
+        name = f"best_{place}.pt" if self.n_best > 1 else best
         while self.n_best > 1 and any(name == other for _, other in self.kept):
             name = name.replace(".pt", "_again.pt")
         self.kept.insert(rank, [value, name])
         dropped, self.kept = self.kept[self.n_best:], self.kept[:self.n_best]
         if not is_main(): return
-        with as_measured(learn): learn.save(self.folder/name, optimizer=learn.epoch_complete)
-        if rank == 0 and name != best.name: _copy(self.folder/name, best)
+        with as_measured(learn):
+            for file in [name] if rank or name == best else [name, best]:
+                learn.save(self.folder/file, optimizer=learn.epoch_complete)
         for _, old in dropped if self.n_best > 1 else (): (self.folder/old).unlink(missing_ok=True)
 
     def after_epoch(self, learn: Learner):
@@ -62,12 +64,5 @@ class SaveCheckpoint(Best):
         finally:
             if learn.epoch_complete and is_main(): learn.save(self.folder/"last.pt")
 
-    def state_dict(self) -> dict: return {"kept": self.kept, "steps": self.steps}
-    def load_state_dict(self, state: dict) -> None: vars(self).update(state)
-
-
-def _copy(source: Path, target: Path) -> None:
-    "A copy that is never seen half made."
-    part = target.with_name(target.name + ".part")
-    shutil.copyfile(source, part)
-    os.replace(part, target)
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"kept": self.kept, "steps": self.steps}

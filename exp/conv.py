@@ -8,7 +8,6 @@ __all__ = ['windows', 'unfold', 'conv2d', 'Conv2d', 'conv', 'simple_cnn', 'init_
 # %% ../nbs/05d_cnn.ipynb #39446ca8
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 from .init import kaiming_normal_, kaiming_uniform_
 
 # %% ../nbs/05d_cnn.ipynb #2a985c28
-def _height_width(value: int | tuple[int, int], name: str, least: int = 1) -> tuple[int, int]:
+def _pair(value: int | Sequence[int], least: int = 1) -> Sequence[int]:
     "One number for both directions, or two. Raises: ValueError."
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, Integral) and v >= least for v in pair):
-        raise ValueError(f"{name} is {value!r}: give a whole number ≥ {least}, or two of them")
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if min(pair) < least: raise ValueError(f"size, step or padding {value}: give {least} or more")
     return pair
 
 
@@ -32,14 +30,11 @@ def windows(
     dilation: int | tuple[int, int] = 1,  # step from pixel to pixel inside a window
 ) -> Tensor:  # (bs, c, oh, ow, kh, kw): a view for reading, no pixel is copied
     "Every window of every image. Raises: ValueError if x has no room for one."
-    if x.ndim != 4: raise ValueError(f"x is {tuple(x.shape)}: give images as (bs, c, h, w)")
     bs, c, h, w = x.shape
-    (kh, kw), (sh, sw) = _height_width(size, "size"), _height_width(stride, "stride")
-    dh, dw = _height_width(dilation, "dilation")
+    (kh, kw), (sh, sw), (dh, dw) = _pair(size), _pair(stride), _pair(dilation)
     oh, ow = (h - dh*(kh - 1) - 1)//sh + 1, (w - dw*(kw - 1) - 1)//sw + 1
-    if min(oh, ow) < 1:
-        raise ValueError(f"x is {h}×{w} with padding: use a kernel smaller than {kh}×{kw}, less "
-                         f"dilation than {dh}×{dw}, or more padding")
+    if min(oh, ow) < 1: raise ValueError(
+        f"x, padded, is {h}×{w}: no {kh}×{kw} window of dilation {dilation}, stride {stride} fits")
     n, m, i, j = x.stride()
     return x.as_strided((bs, c, oh, ow, kh, kw), (n, m, i*sh, j*sw, i*dh, j*dw))
 
@@ -52,7 +47,7 @@ def unfold(
     stride: int | tuple[int, int] = 1,     # step from window to window
 ) -> Tensor:                               # (bs, c*kh*kw, n_windows): a column for each window
     "Copy every window into a column. Raises: as `windows`. Same as: F.unfold."
-    ph, pw = _height_width(padding, "padding", 0)
+    ph, pw = _pair(padding, 0)
     found = windows(F.pad(x, (pw, pw, ph, ph)), kernel_size, stride, dilation)
     bs, c, oh, ow, kh, kw = found.shape
     return found.permute(0, 1, 4, 5, 2, 3).reshape(bs, c*kh*kw, oh*ow)
@@ -61,10 +56,10 @@ def unfold(
 def _margins(padding, size: Sequence[int], stride, dilation) -> tuple[int, int, int, int]:
     "Zeros to the left and right, above and below. Raises: ValueError."
     if padding == "same":
-        if _height_width(stride, "stride") != (1, 1): raise ValueError("'same' needs stride 1")
-        th, tw = (d*(k - 1) for d, k in zip(_height_width(dilation, "dilation"), size))
+        if max(_pair(stride)) > 1: raise ValueError(f"'same' needs stride 1, not {stride}")
+        th, tw = (d*(k - 1) for d, k in zip(_pair(dilation), size))
         return tw//2, tw - tw//2, th//2, th - th//2
-    ph, pw = (0, 0) if padding == "valid" else _height_width(padding, "padding", 0)
+    ph, pw = _pair(0 if padding == "valid" else padding, 0)
     return pw, pw, ph, ph
 
 
@@ -82,14 +77,13 @@ def conv2d(
     """
     if x.ndim == 3: return conv2d(x[None], weight, bias, stride, padding, dilation, groups)[0]
     nf, per_group, *size = weight.shape
-    if groups < 1 or x.shape[1] != per_group*groups or nf % groups:
-        raise ValueError(f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}, groups {groups}: "
-                         "x needs weight.shape[1]·groups channels, and groups must divide nf")
+    if x.shape[1] != per_group*groups or nf % groups: raise ValueError(
+        f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}, groups {groups}: they do not fit")
     x, k = F.pad(x, _margins(padding, size, stride, dilation)), math.prod(weight.shape[1:])
     oh, ow = windows(x, size, stride, dilation).shape[2:4]
     cols = unfold(x, size, dilation, stride=stride).reshape(len(x), groups, k, oh*ow)
     out = (weight.reshape(groups, nf//groups, k) @ cols).reshape(len(x), nf, oh, ow)
-    return out if bias is None else out + bias.view(nf, 1, 1)
+    return out if bias is None else out + bias.to(out.dtype).view(nf, 1, 1)
 
 # %% ../nbs/05d_cnn.ipynb #d1f8c342
 class Conv2d(nn.Module):
@@ -106,7 +100,7 @@ class Conv2d(nn.Module):
         bias: bool = True,  # add a trained constant to each channel?
     ):
         super().__init__()
-        shape = out_channels, in_channels//groups, *_height_width(kernel_size, "kernel_size")
+        shape = out_channels, in_channels//groups, *_pair(kernel_size)
         self.weight = nn.Parameter(kaiming_uniform_(torch.empty(shape), a=5**.5))
         bound = math.prod(shape[1:])**-.5
         self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bound, bound)) if bias else None

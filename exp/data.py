@@ -157,9 +157,8 @@ class Transform:
 class _Function(Transform):
     "A function of x alone; in a pipeline it stays behind the transform that it was listed after."
     def __init__(self, func: Callable, order: float):
-        if not callable(func) or hasattr(func, "setup") or hasattr(func, "for_valid"):
-            raise TypeError(f"{func!r} is no transform: give functions of x, or objects of "
-                            "a class X(Transform)")
+        if hasattr(func, "setup"): raise TypeError(
+            f"{func!r} is no transform: give functions of x, or objects of a class X(Transform)")
         self.func, self.order = func, order
 
     def __call__(self, x, generator: torch.Generator): return self.func(x)
@@ -196,7 +195,7 @@ class Pipeline:
             tfm.setup(iter(pairs) if tfm.joint else (x for x, _ in pairs))
 
     def for_valid(self) -> "Pipeline":
-        "The same without chance."
+        "The same without chance; plain functions stay as they are."
         return Pipeline([v for tfm in self.tfms if (v := tfm.for_valid()) is not None])
 
     def decode(
@@ -352,11 +351,10 @@ class ItemLoaders(DataLoaders):
 
     def batch_of(
         self,
-        items: Sequence,  # new ones, without labels: [file], say
+        items: Sequence | str | os.PathLike,  # new ones, without labels; or the path of a file
     ) -> Any:             # xb as the model would see it, in validation
-        "A batch of new items: learn.predict(dls.batch_of([file]))."
-        if isinstance(items, (str, os.PathLike)) or not len(items):
-            raise ValueError(f"items is {items!r}: give a list of at least one item")
+        "A batch of new items: learn.predict(dls.batch_of([file, another]))."
+        if isinstance(items, (str, os.PathLike)): items = [items]
         ds = ItemSet(items, lambda item: None, self.valid.ds.tfm, Pipeline())
         xb, _ = self.valid.collate_fn([(x, 0) for x, _ in ds])
         return self.valid.batch_tfms((xb, None))[0]
@@ -414,8 +412,7 @@ def _digits(x):
 # %% ../nbs/08_data_block.ipynb #811d452f
 def _split(items: ItemList, splitter: Callable) -> tuple[ItemList, ItemList]:
     "The training and the validation items. Raises: ValueError, TypeError if a splitter is amiss."
-    if not len(items): raise ValueError(
-        "get_items found nothing: is it the right folder, and do the extensions fit?")
+    if not len(items): raise ValueError("get_items found nothing: do folder and extensions fit?")
     parts = splitter(items)
     if callable(parts): raise TypeError(
         "splitter returned a function: call it first, as in random_splitter(seed=1)")
@@ -439,8 +436,7 @@ def _kind_of_target(labels: Iterable) -> list[Transform]:
     if not all(isinstance(part, (int, float, np.number)) for part in parts): return []
     every = (y if isinstance(y, lists) else [y] for y in chain([first], labels))
     floats = (isinstance(part, (float, np.floating)) for parts in every for part in parts)
-    if not any(floats): return []
-    return [_Function(partial(torch.tensor, dtype=torch.float32), 0)]
+    return [_Function(partial(torch.tensor, dtype=torch.float32), 0)] if any(floats) else []
 
 # %% ../nbs/08_data_block.ipynb #37933e0b
 class DataBlock:
@@ -452,12 +448,12 @@ class DataBlock:
         get_items: Callable,    # path -> list of items (files, rows, …)
         splitter: Callable,     # items -> positions for training, positions for validation
         get_y: Callable,        # item -> label
-        item_tfms: Callable | Iterable[Callable] = (),   # item -> x, in the loader's workers, with
-                                                         # chance from the generator (see below)
+        item_tfms: Callable | Iterable[Callable] = (),   # item -> x, in the loader's workers; plain
+                                                         # functions also in validation
         batch_tfms: Callable | Iterable[Callable] = (),  # of batches, on the learner's device
+        collate_fn: Callable | None = None,  # list of (x, y) -> batch; None: collate
+        sampler: Callable | None = None,     # training ItemSet -> its order; None: by lot
         y_tfms: Callable | Iterable[Callable] | None = None,  # label -> target; None: by its kind
-        collate_fn: Callable = collate,   # list of (x, y) -> batch
-        sampler: Callable | None = None,  # training ItemSet -> its order; None: by lot
     ):
         self.get_items, self.splitter, self.get_y = get_items, splitter, get_y
         self.y_tfms = None if y_tfms is None else Pipeline(y_tfms)
@@ -498,12 +494,10 @@ class DataBlock:
         path: Any,                # handed to get_items
         bs: int = 64,             # items per batch
         drop_last: bool = False,  # leave out a short last training batch?
-        **options,                # of exp.loaders.DataLoader, such as on_error="skip"; unless they
-                                  # say otherwise, threads load ahead, as many as are useful
+        **options,                # of exp.loaders.DataLoader, such as on_error="skip" (but the
+                                  # order is the block's); by default, threads load ahead
     ) -> ItemLoaders:
         "Answer the four questions for the items at a path. Raises: ValueError."
-        if wrong := options.keys() & {"shuffle", "sampler", "batch_sampler"}: raise ValueError(
-            f"{sorted(wrong)}: the order of training is DataBlock(sampler=…)")
         options = {"num_workers": None, "workers": "threads", "collate_fn": self.collate_fn,
                    "on_error": "raise"} | options
         ours, theirs = self._datasets(path, options["on_error"])

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import Conv2d
-from .learner import Callback, Learner, batch_size, call_model
+from .learner import Callback, Learner, batch_size, call_model, same_randomness
 from .plots import plot_lines, subplots
 from .testing import Table, table
 
@@ -112,9 +111,8 @@ def as_found(
     "Put back every mode, buffer and random state that running a model can change."
     found = [(m, m.training, dict(m._buffers)) for m in model.modules()]
     values = [(b, b.clone()) for b in model.buffers()]
-    gpus = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
-        with torch.random.fork_rng(devices=gpus): yield
+        with same_randomness(): yield
     finally:
         for m, mode, buffers in found: m.training, m._buffers = mode, buffers
         for b, old in values: b.data.copy_(old)
@@ -124,7 +122,7 @@ def _layer_flops(module: nn.Module, inp: tuple, out: Tensor) -> int | None:
     "Multiplications and additions with the weight; None if we know no rule for this layer."
     own = dict(module.named_parameters(recurse=False))
     turned = getattr(module, "transposed", None)     # False or True in PyTorch's convolutions
-    if "weight" in own and (turned is not None or isinstance(module, (nn.Linear, Conv2d))):
+    if "weight" in own and (turned is not None or isinstance(module, nn.Linear)):
         uses = (first_tensor(inp) if turned else out).numel()//len(module.weight)
         return 2*module.weight.numel()*uses
     free = isinstance(module, nn.Embedding) or all(p.ndim < 2 for p in own.values())
@@ -202,15 +200,15 @@ class ActivationStats(Callback):
     """
     def __init__(
         self,
-        layers: object = None,  # as for `Hooks`, or a function model -> layers; None: its children
+        layers: object = None,  # as for `Hooks`, or a function model -> layers, the same in each
+                                # step; None: the model's children
         every: int = 1,         # measure at each so many training steps
         bins: int = 60,         # of a histogram
         limits: tuple[float, float] = (-6., 6.),  # of a histogram; values beyond go to the edges
         sample: int = 5_000,    # values that a histogram counts, about; the rest measures all
         unit_dim: int = 1,      # the dimension of the output that numbers the units, ≥ 1
     ):
-        if min(unit_dim, every, sample) < 1: raise ValueError(
-            f"unit_dim is {unit_dim}, every {every}, sample {sample}: give at least 1 of each")
+        if unit_dim < 1: raise ValueError(f"unit_dim is {unit_dim}: give 1 or more, 0 is the items")
         self.layers = list(layers) if isinstance(layers, Iterator) else layers
         self.every, self.bins, self.limits = every, bins, limits
         self.sample, self.unit_dim = sample, unit_dim
@@ -229,11 +227,7 @@ class ActivationStats(Callback):
         layers = learn.model if self.layers is None else self.layers
         if not isinstance(layers, nn.Module) and callable(layers): layers = layers(learn.model)
         hooks = Hooks(layers, self._measure)
-        names = [hook.name for hook in hooks]
-        if self.names not in ([], names):
-            hooks.remove()
-            raise ValueError(f"layers were {self.names}, now {names}: in one fit, watch the same")
-        self.names = names
+        self.names = self.names or [hook.name for hook in hooks]
         if self.steps[-1:] != [self._step]:
             self.steps.append(self._step)
             self._rows.append({})

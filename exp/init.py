@@ -66,20 +66,17 @@ def gaussian_mean(
     return (func(mean + std*t) * density).sum().item() / 2000
 
 # %% ../nbs/03_init.ipynb #1a369d2f
-_CONVS = [f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)]
-_GAINS = dict.fromkeys(["linear", "sigmoid", *_CONVS], 1.)
-_GAINS |= {"tanh": 5/3, "relu": math.sqrt(2.), "selu": 3/4}
+_GAINS = {"linear": 1., "sigmoid": 1., "tanh": 5/3, "relu": math.sqrt(2.), "selu": 3/4}
 
 
 def calculate_gain(
     nonlinearity: str,            # 'linear', 'sigmoid', 'tanh', 'relu', 'selu' or 'leaky_relu'
-    param: float | None = None,   # negative slope of 'leaky_relu' (None: 0.01); others ignore it
+    param: float = .01,           # negative slope of 'leaky_relu'; others ignore it
 ) -> float:                       # the factor on the weights' std
     """Look up by how much weights must be larger to make up for what a nonlinearity takes.
     Raises: ValueError for an unknown nonlinearity. Same as: nn.init.calculate_gain (exactly).
     """
-    slope = .01 if param is None else param
-    if nonlinearity == "leaky_relu": return math.sqrt(2. / (1 + slope**2))
+    if nonlinearity == "leaky_relu": return math.sqrt(2. / (1 + param**2))
     if nonlinearity not in _GAINS:
         raise ValueError(f"nonlinearity {nonlinearity!r} is none of {[*_GAINS, 'leaky_relu']}")
     return _GAINS[nonlinearity]
@@ -87,7 +84,6 @@ def calculate_gain(
 # %% ../nbs/03_init.ipynb #e9700d44
 def _kaiming_std(w: Tensor, a: float, mode: str, nonlinearity: str) -> float:
     fans = dict(zip(("fan_in", "fan_out"), fan_in_and_fan_out(w)))
-    if str(mode).lower() not in fans: raise ValueError(f"mode {mode!r} is none of {[*fans]}")
     return calculate_gain(nonlinearity, a) / math.sqrt(fans[mode.lower()])
 
 
@@ -98,7 +94,7 @@ def kaiming_normal_(
     nonlinearity: str = "leaky_relu",           # what follows the layer, as in `calculate_gain`
     generator: torch.Generator | None = None,   # source of the numbers; None: PyTorch's global one
 ) -> Tensor:                                    # w
-    """Fill with N(0, std²), std = gain/√fan. Raises: ValueError for an unknown mode.
+    """Fill with N(0, std²), std = gain/√fan. Raises: KeyError for an unknown mode.
     Paper: He et al. 2015, eq. 10, 14 and 15. Same as: nn.init.kaiming_normal_ (exactly).
     """
     return _noise_(w, _kaiming_std(w, a, mode, nonlinearity), False, generator)
@@ -111,7 +107,7 @@ def kaiming_uniform_(
     nonlinearity: str = "leaky_relu",           # what follows the layer, as in `calculate_gain`
     generator: torch.Generator | None = None,   # source of the numbers; None: PyTorch's global one
 ) -> Tensor:                                    # w
-    """Fill uniformly, with the std of `kaiming_normal_`. Raises: ValueError for an unknown mode.
+    """Fill uniformly, with the std of `kaiming_normal_`. Raises: KeyError for an unknown mode.
     Paper: He et al. 2015. Same as: nn.init.kaiming_uniform_ (exactly).
     """
     return _noise_(w, _kaiming_std(w, a, mode, nonlinearity), True, generator)
@@ -154,19 +150,10 @@ def orthogonal_(
     q = q * r.diagonal().sign()
     with torch.no_grad(): return w.copy_((q.T if is_wide else q).reshape(w.shape)).mul_(gain)
 
-# %% ../nbs/03a_deep_init.ipynb #9a3b59ae
-def _selu_constants() -> tuple[float, float]:
-    "λ and α such that selu keeps a standard normal at mean 0 and variance 1."
-    Phi = lambda t: math.erfc(-t/math.sqrt(2)) / 2
-    n1 = math.exp(.5)*Phi(-1) - .5
-    n2 = math.exp(2)*Phi(-2) - 2*math.exp(.5)*Phi(-1) + .5
-    alpha = -1 / math.sqrt(2*math.pi) / n1
-    return (.5 + alpha**2*n2)**-.5, alpha
-
-
-_LAMBDA, _ALPHA = _selu_constants()
-
 # %% ../nbs/03a_deep_init.ipynb #0d8ecfd1
+_ALPHA, _LAMBDA = 1.6732632423543772, 1.0507009873554805
+
+
 def selu(
     x: Tensor,   # any shape, any float dtype
 ) -> Tensor:     # same shape and dtype

@@ -12,7 +12,6 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from difflib import get_close_matches
@@ -65,8 +64,8 @@ def to_device(
     device: torch.device | str,  # where to
 ) -> Any:    # the same structure there
     "Move tensors to a device, however they are nested."
-    if hasattr(x, "to"):        # tensors, packed sequences, …; what comes to the CPU is waited for
-        return x.to(device, non_blocking=torch.device(device).type != "cpu")
+    if hasattr(x, "to"):        # tensors, packed sequences, …; only CUDA's copies need no waiting
+        return x.to(device, non_blocking=torch.device(device).type == "cuda")
     if isinstance(x, Mapping): return _like(x, {k: to_device(v, device) for k, v in x.items()})
     if not isinstance(x, (list, tuple)): return x
     return _like(x, [to_device(v, device) for v in x])
@@ -76,18 +75,15 @@ def _like(x, parts):
     "Parts as a structure of the kind of x."
     if isinstance(x, Mapping):
         new = copy.copy(x)
-        new.update(parts)
+        for name, part in parts.items(): new[name] = part
         return new
     return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
 
 
-def batch_size(
-    x: Any,  # a batch: a tensor (bs, …), or tuples, lists and dicts of them
-) -> int:    # bs
+def batch_size(x: Any) -> int:    # of a tensor (bs, …), or of tuples, lists and dicts of them
     "Items in a batch: the length of the first tensor in it. Raises: TypeError if there is none."
     size = _items_in(x)
-    if size is None:
-        raise TypeError(f"a batch is {describe(x)}: nothing in it tells how many items it has")
+    if size is None: raise TypeError(f"a batch is {describe(x)}: nothing in it tells its size")
     return size
 
 
@@ -99,9 +95,7 @@ def _items_in(x: Any) -> int | None:
     return next((size for size in map(_items_in, parts) if size is not None), None)
 
 
-def describe(
-    x: Any,  # anything
-) -> str:    # '(64, 784) float32', '[(64, 3) float32, (64,) int64]', 'NoneType'
+def describe(x: Any) -> str:    # as '[(64, 3) float32, (64,) int64]' or 'NoneType'
     "Shape and dtype, for a message."
     if isinstance(x, Tensor): return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
     if isinstance(x, Mapping): return str({k: describe(v) for k, v in x.items()})
@@ -134,12 +128,10 @@ def _joined(parts: Sequence, sizes: Sequence[int]) -> Any:
 
 # %% ../nbs/05_callbacks.ipynb #c554a5e2
 _INSIDE = ("generator", "sampler", "batch_sampler", "ds", "dataset")
-_GENERATORS = (torch.Generator, np.random.Generator)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
-def generators(
-    *loaders,                      # loaders, or None
-) -> list:                         # their own generators, PyTorch's and NumPy's, each once
+def generators(*loaders) -> list:    # of loaders, or None: each generator of any kind, once
     "The private generators of loaders, their samplers and data sets, and of what is inside these."
     owners, found = [*loaders], []
     for owner in owners:                       # grows while we look into it
@@ -152,16 +144,25 @@ def generators(
     return found
 
 
-def random_state(
-    *loaders,    # whose generators count, too
-) -> dict:       # tensors, numbers and lists
+def _in_play(loaders) -> dict[str, list]:
+    "All generators; the modules `random` and `np.random` act as such."
+    if torch.cuda.is_available(): torch.cuda.init()
+    return {"python": [random], "numpy": [np.random], "torch": [torch.default_generator],
+            "cuda": [*torch.cuda.default_generators], "loaders": generators(*loaders)}
+
+
+def _state(g) -> Any:
+    "The state of a generator, in tensors, numbers and lists."
+    if isinstance(g, torch.Generator): return g.get_state()
+    if isinstance(g, np.random.Generator): return g.bit_generator.state
+    if hasattr(g, "getstate"): return g.getstate()
+    kind, keys, *rest = g.get_state()
+    return [kind, keys.tolist(), *rest]
+
+
+def random_state(*loaders) -> dict:    # of the loaders' generators, too
     "The state of every random number generator in play."
-    kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest],
-            "torch": torch.get_rng_state(), "cuda": cuda,
-            "loaders": [g.get_state() if isinstance(g, torch.Generator) else g.bit_generator.state
-                        for g in generators(*loaders)]}
+    return {kind: [_state(g) for g in found] for kind, found in _in_play(loaders).items()}
 
 
 def set_random_state(
@@ -169,21 +170,14 @@ def set_random_state(
     *loaders,     # the same loaders
 ) -> None:
     "Put every generator back."
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda"])
-    for g, s in zip(generators(*loaders), state["loaders"]):
-        if isinstance(g, torch.Generator): g.set_state(s)
-        else: g.bit_generator.state = s
+    for kind, found in _in_play(loaders).items():
+        for g, s in zip(found, state[kind]):
+            if isinstance(g, np.random.Generator): g.bit_generator.state = s
+            else: (g.setstate if hasattr(g, "setstate") else g.set_state)(s)
 
 
 @contextmanager
-def same_randomness(
-    *loaders,    # whose generators count, too
-) -> Iterator[None]:
+def same_randomness(*loaders) -> Iterator[None]:    # their generators count, too
     "Every random number generator in play ends as it began."
     state = random_state(*loaders)
     try: yield
@@ -201,9 +195,7 @@ def is_main() -> bool:
     return n_processes() == 1 or distributed.get_rank() == 0
 
 
-def all_sum(
-    x: Any,  # a tensor, or a dict of them
-) -> Any:    # the same, summed over all processes
+def all_sum(x: Any) -> Any:    # a tensor, or a dict of them
     "Sum over all processes; with one process, x as it is."
     if n_processes() == 1: return x
     if isinstance(x, Mapping): return {k: all_sum(v) for k, v in x.items()}
@@ -237,16 +229,14 @@ class Mean(Metric):
         self,
         func: Callable | None,    # (pred, yb) -> one number
         name: str | None = None,  # how it is called in tables; the function's own name by default
-        lower_is_better: bool | None = None,  # None: the function's own word, or by the name
+        lower_is_better: bool | None = None,  # None: by the name, where it tells
     ):
         self.func, self.name, self.lower_is_better = func, name or _name(func), lower_is_better
-        if lower_is_better is None: self.lower_is_better = getattr(func, "lower_is_better", None)
         self.reset()
     def reset(self) -> None: self.parts, self.weights = [], []
     def add(self, pred: Any, yb: Any, weight: float) -> None:
         part = torch.as_tensor(self.func(pred, yb)).detach()
-        if part.numel() != 1:
-            raise ValueError(f"metric {self.name} gave {describe(part)}: average it to one number")
+        if part.numel() != 1: raise ValueError(f"{self.name} gave {describe(part)}: average it")
         self.parts.append(part.reshape(()))
         self.weights.append(weight)
     def value(self) -> float: return weighted_mean(self.parts, self.weights)
@@ -306,19 +296,16 @@ def spread(
 # %% ../nbs/05_callbacks.ipynb #f54b7bd1
 def _check_callback(cb) -> None:
     "Raises: TypeError on an object without events, or with a method that only looks like one."
-    if isinstance(cb, type): raise TypeError(f"{cb.__name__} is a class: pass {cb.__name__}()")
     names = [n for n in dir(cb) if n.startswith(("before_", "after_", "around_"))
              and callable(getattr(cb, n))]
-    if not names: raise TypeError(f"{cb!r} is no callback: it has no method like before_fit")
+    if isinstance(cb, type) or not names:
+        raise TypeError(f"{cb!r} is no callback: give an object with a method like before_fit")
     for name in names:
         if name not in EVENTS: raise TypeError(f"{type(cb).__name__}.{name} is no event: did you "
                                                f"mean {get_close_matches(name, EVENTS, 1, 0)[0]}?")
 
 
-def hears(
-    cb: Callback,  # a callback
-    event: str,    # one of EVENTS
-) -> bool:
+def hears(cb: Callback, event: str) -> bool:    # one of EVENTS
     "Does this callback do anything at this event?"
     method = getattr(cb, event, None)
     return method is not None and getattr(method, "__func__", method) is not vars(Callback)[event]
@@ -334,12 +321,6 @@ def _length(dl) -> int | None:
     "Batches in a loader, where it knows."
     try: return len(dl)
     except TypeError: return None
-
-
-def _worse(a: BaseException | None, b: BaseException) -> BaseException:
-    "Which of two troubles goes on: an error before a cancel, the first error, the stronger cancel."
-    if a is None or not isinstance(b, Cancel): return b if a is None or isinstance(a, Cancel) else a
-    return b if isinstance(a, Cancel) and b.rank > a.rank else a
 
 # %% ../nbs/05_callbacks.ipynb #22701596
 class Announcer:
@@ -374,27 +355,28 @@ class Announcer:
     def _phase(self, name: str, body: Callable, own=()) -> bool:
         "before_name, body, after_name. A cancel of our own kind ends here; was there one?"
         befores, afters = self._listeners["before_" + name], self._afters[name]
-        heard, trouble = 0, None
+        heard, troubles = 0, []
         try:
             for method in befores: method(self); heard += 1
             body()
-        except Cancel as cancel: trouble, heard = cancel, heard + 1   # who cancels has heard
+        except Cancel as cancel: troubles, heard = [cancel], heard + 1   # who cancels has heard
         except BaseException as error:
-            if heard < len(befores): self._note(error, befores[heard], "before_" + name)
-            trouble = error
+            self._note(error, befores[heard] if heard < len(befores) else None, "before_" + name)
+            troubles = [error]
         for place, method in afters:
             if place >= heard: continue       # its own before_name was never reached
             try: method(self)
             except BaseException as error:
                 self._note(error, method, "after_" + name)
-                trouble = _worse(trouble, error)
-        if trouble is not None and not isinstance(trouble, own): raise trouble
-        return trouble is not None
+                troubles.append(error)
+        rank = lambda error: error.rank if isinstance(error, Cancel) else 3
+        worst = max(troubles, key=rank, default=None)       # of equals the first
+        if worst is not None and not isinstance(worst, own): raise worst
+        return worst is not None
 
     def _note(self, error: BaseException, method=None, event: str = ""):
         "Add to a foreign error where it happened, once."
-        if isinstance(error, Cancel) or not isinstance(error, Exception): return
-        if getattr(error, "noted", False): return
+        if isinstance(error, Cancel) or hasattr(error, "noted"): return
         who = f"{type(getattr(method, '__self__', method)).__name__}.{event}, " if method else ""
         data = f" with xb {describe(self.xb)}, yb {describe(self.yb)}"*(self.xb is not None)
         error.add_note(f"in {who}{self.where()}{data}")
@@ -435,7 +417,6 @@ class BatchStep(Announcer):
 
     def get_loss(self, pred: Any, yb: Any) -> Tensor:
         "Compute the loss; callbacks hear after_loss. Raises: TypeError unless it is one number."
-        loss = None
         with self.around("around_forward"): loss = self.loss_func(pred, yb)
         return self._set_loss(loss)
 
@@ -444,8 +425,7 @@ class BatchStep(Announcer):
             raise TypeError(f"the loss is {describe(loss)}: return one number, a tensor ()")
         self.loss = self.loss_for_grad = loss
         self._fire("after_loss")
-        if self.loss is not loss: raise RuntimeError(
-            "learn.loss was replaced, which would not be learnt: change learn.loss_for_grad")
+        if self.loss is not loss: raise RuntimeError("change learn.loss_for_grad, not learn.loss")
         return loss
 
     def backward(self, loss: Tensor) -> None:
@@ -527,8 +507,7 @@ class Loop(BatchStep):
                 self._phase("pass", lambda: self._batches(out))
             self._average(row)
         except Cancel: self._average(row); raise
-        except Exception as error:
-            self._note(error)
+        except Exception:
             if not outer["depth"]: left = outer | dict(xb=self.xb, yb=self.yb, pred=self.pred)
             raise
         finally:
@@ -546,10 +525,9 @@ class Loop(BatchStep):
 
     def _prepare_model(self):
         "On its device; all in eval mode, or in training each layer in its own."
-        self.place_model()
+        self.model.to(self.device)
         if not self.training: self.model.eval()
-        elif self.exchanged: raise RuntimeError(
-            "parameters were exchanged in the middle of a fit: do it between two fits")
+        elif self.exchanged: raise RuntimeError("exchange parameters between two fits, not in one")
         elif not self.model.training: self.model.train()
 
     def _average(self, row: dict):
@@ -575,13 +553,10 @@ class Loop(BatchStep):
             self.pred = self.loss = self.loss_for_grad = None
         if number < 0 and (n_processes() == 1 or self.training):
             raise ValueError("the loader gave no batch: is it empty, or a used-up iterator?")
-        if self.training and self.window and not self.spent: self._flush()
-
-    def _flush(self):
-        "Step with what a last, short window has gathered."
-        self.accumulating = False
-        with suppress(CancelBatch): self.step()
-        self.zero_grad()
+        if self.training and self.window and not self.spent:    # a last, short window steps, too
+            self.accumulating = False
+            with suppress(CancelBatch): self.step()
+            self.zero_grad()
 
     def _receive(self, number: int, item):
         "A pair from the loader: to the device, and through the batch transforms."
@@ -643,15 +618,13 @@ class Optimizers:
 
     @property
     def exchanged(self) -> bool:
-        "Has the model other parameters than those its optimizers were made for?"
-        return [*map(id, self.model.parameters())] != [*map(id, self._made_for)]
+        "Are there other parameters than those the optimizers were made of, or another recipe?"
+        return [*map(id, self._recipe())] != [*map(id, self._made_of)]
 
-    def place_model(self) -> None:
-        "Move the model to the learner's device, before anything is made of its parameters."
-        self.model.to(self.device)
+    def _recipe(self) -> list: return [self.opt_func, self.splitter, *self.model.parameters()]
 
     def _make_opts(self):
-        self.place_model()
+        self.model.to(self.device)     # before anything is made of its parameters
         params = list(self.model.parameters())
         parts = [params] if self.splitter is None else _parted(self.model, self.splitter)
         groups, rate = [{"params": part} for part in parts], {}
@@ -663,13 +636,21 @@ class Optimizers:
         held = {id(p) for opt in made.values() for g in opt.param_groups for p in g["params"]}
         if not held <= {*map(id, params)}: raise ValueError(
             "opt_func gave an optimizer of other parameters: use those that it is given")
-        self._opts, self._made_for = made, params
+        self._opts, self._made_of = made, self._recipe()
 
     def _renew_opts(self):
         before = [group["lr"] for opt in self._opts.values() for group in opt.param_groups]
         self._make_opts()
         if len(before) == len(self.groups): self.set_lr(before)
-        warnings.warn("parameters were exchanged: the optimizer starts anew", stacklevel=4)
+        warnings.warn("parameters, opt_func or splitter were exchanged: the optimizer starts anew, "
+                      "at the rates there were", stacklevel=4)
+
+    def _put_back(self, base: list[dict]):
+        "Hyper-parameters as they were, without what a scheduler has added."
+        own = {"params"}.union(*(opt.defaults for opt in self.opts.values()))
+        for group, old in zip(self.groups, base):
+            for new in group.keys() - old.keys() - own: del group[new]
+            group.update(old)
 
     def set_lr(
         self,
@@ -680,6 +661,16 @@ class Optimizers:
         shares = [float(group["lr"]) for group in groups] if len(groups) > 1 else [1.]
         for group, rate in zip(groups, _rates(lr, shares)): group["lr"] = rate
 
+    @property
+    def lr(self) -> float | Sequence[float] | None:
+        "The rates that were asked for when the learner was made, or set here later."
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float | Sequence[float] | None) -> None:
+        self._lr = lr
+        if lr is not None and self._opts is not None: self.set_lr(lr)
+
     def freeze_to(
         self,
         n: int,  # groups before this one stop learning; -1: all but the last
@@ -688,8 +679,7 @@ class Optimizers:
         Raises: ValueError for an n that leaves none to learn, or counts more than there are."""
         groups = self.groups
         if not -len(groups) < n < len(groups): raise ValueError(
-            f"n is {n} for {len(groups)} group{'s'*(len(groups) > 1)} of parameters"
-            + ": give a splitter"*(len(groups) == 1))
+            f"n is {n} for {len(groups)} group(s) of parameters: a splitter makes more")
         self.unfreeze()
         for group in groups[:n]:
             self._frozen += [p.requires_grad_(False) for p in group["params"] if p.requires_grad]
@@ -700,21 +690,17 @@ class Optimizers:
         self._frozen = []
 
 
-def hypers(
-    group: dict,  # of an optimizer
-) -> dict:        # its numbers, such as lr, without its parameters
+def hypers(group: dict) -> dict:    # of an optimizer: its numbers, such as lr
     "The hyper-parameters of a group, as they are now."
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
 
 
 def _rates(lr, shares: list[float]) -> list[float]:
     "A rate for each group: a list as it is; a number is the last one's, the others in ratio."
-    if isinstance(lr, Callback): raise TypeError(f"lr is a {_name(lr)}: a schedule goes into cbs")
     if isinstance(lr, Sequence | np.ndarray): rates = [float(rate) for rate in lr]
     elif shares[-1]: rates = [float(lr)*share/shares[-1] for share in shares]
     else: raise ValueError("the last rate is 0, so the others have no ratio to it: give lr a list")
-    if len(rates) != len(shares):
-        raise ValueError(f"lr has {len(rates)} rates for {len(shares)} groups: give one each")
+    if len(rates) != len(shares): raise ValueError(f"{len(rates)} rates for {len(shares)} groups")
     if not all(0 <= rate < float("inf") for rate in rates):
         raise ValueError(f"lr is {lr}: give finite rates of 0 or more")
     return rates
@@ -723,10 +709,11 @@ def _rates(lr, shares: list[float]) -> list[float]:
 def _parted(model: nn.Module, splitter: Callable) -> list[list]:
     "What a splitter gives. Raises: ValueError unless its lists hold every parameter once."
     parts = [list(x) if isinstance(x, Iterable) else [x] for x in splitter(model)]
-    names, count = {id(p): name for name, p in model.named_parameters()}, Counter()
-    for p in [p for part in parts for p in part]: count[names.get(id(p), describe(p))] += 1
-    odd = [f"{name} is no parameter" for name in count if name not in names.values()]
-    odd += [f"{name} is in {count[name]}" for name in names.values() if count[name] != 1]
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [names.get(id(p), describe(p)) for part in parts for p in part]
+    odd = [f"{name} is no parameter" for name in {*found} - {*names.values()}]
+    odd += [f"{name} is in {found.count(name)}" for name in names.values()
+            if found.count(name) != 1]
     if odd: raise ValueError("splitter has to give lists of parameters, each parameter in one of "
                              f"them: {', '.join(odd[:4])}")
     return parts
@@ -808,26 +795,21 @@ class Learner(Loop, Optimizers):
         quiet: bool = False,  # show nothing?
         device: torch.device | str | None = None,  # where to train; None: the best one here
     ):
-        "Raises: TypeError for a class where an object is wanted, or what is no module or callback."
-        if not isinstance(model, nn.Module): raise TypeError(
-            f"model is {describe(model)}: give an nn.Module (several go into one nn.ModuleDict)")
-        if isinstance(loss_func, type):
-            raise TypeError(f"loss_func is a class: pass {loss_func.__name__}()")
+        "Raises: TypeError for a class where an object is wanted, or what is no callback."
+        if isinstance(loss_func, type): raise TypeError(f"pass {loss_func.__name__}() as loss_func")
         if dls is None or isinstance(dls, tuple): dls = DataLoaders(*dls or [None])
         self.model, self.dls, self.loss_func, self.opt_func = model, dls, loss_func, opt_func
-        self.lr, self.splitter, self.quiet = lr, splitter, quiet
+        self._opts, self.lr, self.splitter, self.quiet = None, lr, splitter, quiet
         self.device = default_device() if device is None else torch.device(device)
         self.metrics = [_as_metric(m) for m in _as_list(metrics)]
         names = ["epoch", "train_loss", "valid_loss", "seconds", *(m.name for m in self.metrics)]
-        double = [name for name, n in Counter(names).items() if n > 1]
-        if double: raise ValueError(f"two columns would be called {', '.join(double)}: name one of "
-                                    "them, Mean(func, name)")
+        double = [name for name in names if names.count(name) > 1]
+        if double: raise ValueError(f"two columns are called {double[0]}: use Mean(func, name)")
         self.cbs, self.history, self.window, self.stepping = [], [], [], ()
-        self.spent = False
-        self._opts, self._made_for, self._frozen = None, [], []
+        self._made_of, self._frozen = [], []
         self.n_epochs = self.epochs_done = self.epoch = 0
         self.fitting = self.epoch_complete = self.accumulating = False
-        self.skip_step = self.stepped = False
+        self.skip_step = self.stepped = self.spent = False
         vars(self).update(_PASS)
         self._listen()
         for cb in _as_list(cbs): self.add_cb(cb)
@@ -842,8 +824,7 @@ class Learner(Loop, Optimizers):
     def add_cb(self, cb: Callback) -> "Learner":
         "Let a callback listen from now on. Raises: TypeError on what is none, ValueError twice."
         _check_callback(cb)
-        if any(cb is other for other in self.cbs):
-            raise ValueError(f"this {type(cb).__name__} listens already: give it once")
+        if any(cb is other for other in self.cbs): raise ValueError(f"{cb} listens already")
         self.cbs.append(cb)
         self._listen()
         return self
@@ -851,8 +832,7 @@ class Learner(Loop, Optimizers):
     def remove_cb(self, cb: Callback) -> "Learner":
         "Stop listening. Raises: ValueError if it does not listen."
         kept = [other for other in self.cbs if other is not cb]
-        if len(kept) == len(self.cbs):
-            raise ValueError(f"{type(cb).__name__} is not among this learner's callbacks")
+        if len(kept) == len(self.cbs): raise ValueError(f"this {type(cb).__name__} listens not")
         self.cbs = kept
         self._listen()
         return self
@@ -889,24 +869,20 @@ class Learner(Loop, Optimizers):
         cbs: Callback | Iterable[Callback] = (),    # callbacks for this training only
         resume: str | PathLike | None = None,       # checkpoint to go on from
     ) -> None:
-        "Train. An error says in a note where it happened. Raises: ValueError, TypeError."
-        if self.fitting or self.depth:
-            raise RuntimeError("fit was called inside a fit or a pass: one training at a time")
-        if (n := index(n)) < 0: raise ValueError(f"n is {n}: give a number of epochs, 0 or more")
+        "Train. An error says in a note where it happened. Raises: ValueError, RuntimeError."
+        if self.fitting or self.depth: raise RuntimeError("fit was called inside a fit or a pass")
         with self._session(cbs):
             content = None if resume is None else self._resumable(resume)    # by lesson 05b
             if lr is not None: self.set_lr(lr)
             self.base = [hypers(group) for group in self.groups]
-            self.n_epochs, self.epochs_done, self.epoch, self.history = n, 0, 0, []
+            self.n_epochs, self.epochs_done, self.epoch, self.history = index(n), 0, 0, []
             self.fitting = True
             def body():
                 if content is not None: self._resume(content, lr)
                 self._epochs()
             try: self._phase("fit", body, CancelFit)
             finally:
-                for group, base in zip(self.groups, self.base):
-                    for new in group.keys() - base.keys() - {"params"}: del group[new]
-                    group.update(base)
+                self._put_back(self.base)
                 self._drop_gradients()
                 self.fitting = False
 
@@ -917,7 +893,6 @@ class Learner(Loop, Optimizers):
         "Measure. Nothing is recorded, and no random number is used up. Raises: ValueError."
         row, dl = {}, self._loader(dl)
         with self._session(), same_randomness(dl): self._pass("validate", dl, row)
-        if not row: raise ValueError("nothing to measure: every batch was cancelled or empty")
         return row
 
     def predict(
@@ -1009,16 +984,12 @@ def write_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    finally: part.unlink(missing_ok=True)     # of a failure; in its place it has another name
     return path
 
 
-def read_checkpoint(
-    path: str | PathLike,  # a file written by `write_checkpoint`
-) -> dict:                 # its content, on the CPU
-    "Read a checkpoint without running any code in it. Raises: FileNotFoundError, ValueError."
+def read_checkpoint(path: str | PathLike) -> dict:    # of a file by `write_checkpoint`
+    "Its content, on the CPU, without running any code. Raises: FileNotFoundError, ValueError."
     name = Path(path).name
     with open(path, "rb") as file:
         try:
@@ -1064,40 +1035,28 @@ def load(
     "Read weights back, and the optimizer, if saved. Raises: ValueError if they do not fit."
     content = _fitting(self, path)
     _restore(self, content)
-    for group, base in zip(self.groups if "opts" in content else (), content.get("base", ())):
-        for new in group.keys() - base.keys() - {"params"}: del group[new]     # a scheduler's
-        group.update(base)
+    if "opts" in content: self._put_back(content["base"])
     for cb in self.cbs:
         if hasattr(cb, "forget_weights"): cb.forget_weights()     # an average of other weights
     return self
 
 
-def _resumable(
-    self: Learner,
-    path: str | PathLike,  # a file that `save` wrote between two epochs
-) -> dict:                 # its content, found to fit
-    "What `fit(n, resume=path)` looks at before it changes anything. Raises: ValueError."
-    content, kept = _fitting(self, path), _kept(self)
-    if "opts" not in content:
-        raise ValueError(f"{Path(path).name} holds weights only: load it, and fit anew")
-    if "averaged" in content: raise ValueError(
-        f"{Path(path).name} holds averaged weights, not those of the optimizer: take last.pt")
+def _resumable(self: Learner, path: str | PathLike) -> dict:
+    "What `fit(n, resume=path)` goes on from, before it changes anything. Raises: ValueError."
+    content, kept, name = _fitting(self, path), _kept(self), Path(path).name
+    if "opts" not in content: raise ValueError(f"{name} holds weights only: load it, and fit anew")
+    if "averaged" in content: raise ValueError(f"{name} holds averaged weights: take last.pt")
     if kept.keys() != content["callbacks"].keys(): raise ValueError(
-        "resume with the callbacks of the first run: it kept "
-        f"{', '.join(content['callbacks']) or 'none'}, here are {', '.join(kept) or 'none'}")
+        f"resume with the callbacks of the first run: {[*content['callbacks']]}, not {[*kept]}")
     return content
 
 
-def _resume(
-    self: Learner,
-    content: dict,  # of a checkpoint
-    lr: float | Sequence[float] | None = None,  # new base rates
-) -> None:
-    "Put back everything in a checkpoint."
+def _resume(self: Learner, content: dict, lr: float | Sequence[float] | None) -> None:
+    "Put back everything in a checkpoint, but for new base rates."
+    for name, cb in _kept(self).items(): cb.load_state_dict(content["callbacks"][name])
     _restore(self, content)
     for name, p in self.model.named_parameters(): p.requires_grad_(name in content["learns"])
     self._frozen = [p for name, p in self.model.named_parameters() if name in content["frozen"]]
-    for name, cb in _kept(self).items(): cb.load_state_dict(content["callbacks"][name])
     for name in ("epochs_done", "history", "base"): setattr(self, name, content[name])
     if lr is not None:
         for group, base in zip(self.groups, self.base): group["lr"] = base["lr"]
@@ -1121,8 +1080,7 @@ def _kept(learn: Learner) -> dict:
 def _fitting(learn: Learner, path: str | PathLike) -> dict:
     "The content of a checkpoint of this model and optimizer. Raises: ValueError if it is another."
     content = read_checkpoint(path)
-    def shapes(state: dict) -> dict:
-        return {k: list(getattr(v, "shape", ())) for k, v in state.items()}
+    def shapes(state: dict): return {k: [*getattr(v, "shape", ())] for k, v in state.items()}
     here, there = shapes(learn.model.state_dict()), shapes(content["model"])
     odd = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
     if odd: raise ValueError("the checkpoint is of another model: " + "; ".join(

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from copy import copy
+from contextvars import ContextVar
 from functools import cache, partial
 from io import BytesIO
 from itertools import islice
@@ -46,8 +46,7 @@ class TensorDataset(Dataset):
     """
     def __init__(self, *tensors: Tensor):
         lengths = [len(t) for t in tensors]
-        if len(set(lengths)) != 1:
-            raise ValueError(f"tensors have lengths {lengths}: give one or more, of one length")
+        if len(set(lengths)) != 1: raise ValueError(f"lengths are {lengths}: make them equal")
         self.tensors = tensors
 
     def __len__(self) -> int: return len(self.tensors[0])
@@ -105,25 +104,19 @@ def collate(
     items: list,  # n items alike: tensors, arrays, numbers, or tuples, lists, mappings of them
 ) -> Any:         # the same structure once, every leaf a tensor (n, …); texts stay a list
     """Make a batch of items. Raises: RuntimeError, ValueError, TypeError for what does not stack.
-    Same as: torch.utils.data.default_collate (but tuples stay tuples).
+    Same as: torch.utils.data.default_collate (but tuples stay tuples, and any mapping is a dict).
     """
     first = items[0]
     if isinstance(first, (str, bytes)): return items
-    if isinstance(first, Mapping):
-        batch = {key: collate([item[key] for item in items]) for key in first}
-        if not hasattr(first, "update"): return batch
-        twin = copy(first)
-        twin.update(batch)
-        return twin
+    if isinstance(first, Mapping): return {k: collate([item[k] for item in items]) for k in first}
     if isinstance(first, (tuple, list)):
         parts = [collate(list(part)) for part in zip(*items, strict=True)]
         if hasattr(first, "_fields"): return type(first)(*parts)   # a named tuple
         return parts if isinstance(first, list) else tuple(parts)
     if isinstance(first, Tensor): return torch.stack(items)
-    if not isinstance(first, (int, float, complex, np.ndarray, np.generic)): raise TypeError(
-        f"a {type(first).__name__} object does not stack: give tensors, arrays or numbers, or a "
-        "collate_fn")
-    return torch.as_tensor(np.asarray(items))
+    if isinstance(first, (int, float, complex, np.ndarray, np.generic)):
+        return torch.as_tensor(np.asarray(items))
+    raise TypeError(f"a {type(first).__name__} object does not stack: give tensors or a collate_fn")
 
 # %% ../nbs/04a_loaders.ipynb #4a10ade026
 def _whole(ds: Dataset, collate_fn: Callable) -> Callable | None:
@@ -169,7 +162,7 @@ class _PlainPickler(pickle.Pickler):
     "Takes tensors for arrays: plain bytes, no shared memory or file handles to run out of."
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is not Tensor: return NotImplemented
-        try: return torch.from_numpy, (obj.detach().resolve_conj().numpy(),)
+        try: return torch.from_numpy, (obj.numpy(force=True),)
         except TypeError: return NotImplemented   # bfloat16 and others that NumPy does not know
 
 
@@ -184,8 +177,7 @@ def _answer(load: Callable, task: tuple) -> memoryview:
     "The batch, or the error itself where that survives the journey, else its words; packed."
     try: return _pack(load(task))
     except Exception as error:
-        error.add_note(traceback.format_exc())
-        notes = error.__notes__   # by themselves: some errors forget them on the way
+        notes = [*getattr(error, "__notes__", ()), traceback.format_exc()]   # they may be lost
         try: pickle.loads(pickle.dumps(error))
         except Exception: error = RuntimeError(f"{type(error).__name__}: {error}")
         return _pack((error, notes))
@@ -202,7 +194,7 @@ def _work(pipe, far_end, load: Callable) -> None:
 
 # %% ../nbs/04a_loaders.ipynb #4a10ade036
 _START = "fork" if sys.platform == "linux" else "spawn"   # others cannot fork safely
-_starting = threading.Lock()   # a copy of us that is made meanwhile would hold the pipe open
+_starting = threading.RLock()   # a copy of us that is made meanwhile would hold the pipe open
 
 
 class _Worker:
@@ -232,8 +224,7 @@ class _Worker:
         end, hint = time.monotonic() + 30, "num_workers=0 shows the error here"
         while (code := self.process.exitcode) is None and time.monotonic() < end: time.sleep(.01)
         if code == -9: hint = "out of memory? Try fewer workers"   # -9: what the system sends then
-        elif _START == "spawn": hint = ("what a notebook defines, it cannot import: move "
-                                        "that to a .py file, or use num_workers=0")
+        elif _START == "spawn": hint = "move what a notebook defines to a file, or num_workers=0"
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else \
             f"ended with exit code {code}"
         return f"{self.name} {how} at items {reprlib.repr(idxs)}; {hint}"
@@ -269,12 +260,8 @@ class _Crew(AbstractContextManager):
         if hurry or not self.persistent: self.stop()
 
 # %% ../nbs/04a_loaders.ipynb #4a10ade041
-class _Now(threading.local):
-    "Where the chance for the item comes from that this thread is making."
-    generator = staticmethod(lambda: torch.default_generator)
-
-
-_now = _Now()
+# Where the chance for the item comes from that this thread is making.
+_chance = ContextVar("chance", default=lambda: torch.default_generator)
 
 
 def _seeded_by(*key: int) -> Callable:
@@ -286,7 +273,7 @@ def current_generator() -> torch.Generator:
     """The generator that decides chance for the item being made: the same numbers whoever makes it,
     this process, a thread or another process. Outside a loader: torch.default_generator.
     """
-    return _now.generator()
+    return _chance.get()()
 
 # %% ../nbs/04a_loaders.ipynb #4a10ade043
 @contextmanager
@@ -305,7 +292,7 @@ def _samples(ds: Dataset, skip: bool, seed: int, start: int, idxs: list) -> tupl
     "Items, their indices, and what was skipped and why; each item has a chance of its own."
     items, kept, skipped = [], [], {}
     for place, i in enumerate(idxs, start):
-        _now.generator = _seeded_by(seed, place)
+        _chance.set(_seeded_by(seed, place))
         try: items.append(ds[i])
         except Exception as error:
             error.add_note(f"in {type(ds).__name__}[{i}]")
@@ -320,7 +307,7 @@ def _load(ds: Dataset, collate_fn: Callable, skip: bool, task: tuple) -> tuple:
     seed, start, idxs = task
     if seed is None: return ds.get_batch(idxs), idxs, {}   # rows of tensors: no chance
     alone = threading.current_thread() is threading.main_thread()
-    before, _now.generator = _now.generator, _seeded_by(seed, start)
+    outside = _chance.set(_seeded_by(seed, start))
     try:
         with _seeded(seed, start) if alone else nullcontext():
             if not skip and (whole := _whole(ds, collate_fn)): return whole(idxs), idxs, {}
@@ -329,7 +316,7 @@ def _load(ds: Dataset, collate_fn: Callable, skip: bool, task: tuple) -> tuple:
     except Exception as error:
         error.add_note(f"in the batch of items {reprlib.repr(idxs)}")
         raise
-    finally: _now.generator = before
+    finally: _chance.reset(outside)
 
 # %% ../nbs/04a_loaders.ipynb #4a10ade045
 class DataLoader:
@@ -347,7 +334,7 @@ class DataLoader:
         shuffle: bool = False,    # a new order every epoch?
         num_workers: int | None = 0,     # that read ahead; 0: none; None: as many as are useful
         drop_last: bool = False,         # leave out a last batch of fewer than bs?
-        collate_fn: Callable = collate,  # list of items -> batch
+        collate_fn: Callable | None = None,        # list of items -> batch; None: collate
         sampler: Iterable[int] | None = None,      # an order of your own
         generator: torch.Generator | None = None,  # of order and seeds; None: PyTorch's global one
         batch_sampler: Iterable[list[int]] | None = None,  # the batches, in place of bs and order
@@ -364,7 +351,7 @@ class DataLoader:
         for given, known in ((workers, ("processes", "threads")), (on_error, ("raise", "skip")),
                              (share, ("auto", "equal", "all", None))):
             if given not in known: raise ValueError(f"{given!r} is none of {known}")
-        self.ds, self.bs, self.collate_fn, self.generator = ds, bs, collate_fn, generator
+        self.ds, self.bs, self.collate_fn, self.generator = ds, bs, collate_fn or collate, generator
         self.ordered = shuffle or sampler is not None or batch_sampler is not None
         self.sampler = Sampler(ds, shuffle, generator) if sampler is None else sampler
         if batch_sampler is None: batch_sampler = BatchSampler(self.sampler, bs, drop_last)
@@ -377,13 +364,13 @@ class DataLoader:
         if num_workers is None:   # none help with rows, nor processes that must start afresh
             alone = self._rows() or workers == "processes" and _START != "fork"
             num_workers = 0 if alone else min(8, cpus())
-        if num_workers < 0: raise ValueError(f"{num_workers=}: give 0 or more, or None")
         self.num_workers = num_workers
         self.indices, self.skipped, self._crew = [], {}, None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        fixed = "ds bs sampler batch_sampler collate_fn generator on_error workers num_workers"
-        if name in vars(self) and name in fixed.split(): raise AttributeError(
+        fixed = ("ds bs shuffle drop_last sampler batch_sampler collate_fn generator on_error "
+                 "workers num_workers").split()
+        if "_crew" in vars(self) and name in fixed: raise AttributeError(
             f"{name} is fixed, since order and workers know it: make a new loader")
         super().__setattr__(name, value)
 
@@ -440,8 +427,7 @@ class DataLoader:
         "The epoch's batches, of all processes together."
         def positions(batch: Iterable) -> list[int]:
             idxs = [i.item() if hasattr(i, "item") else i for i in batch]
-            if not idxs: raise ValueError("the batch sampler gave a batch of no items")
-            if isinstance(idxs[0], bool):
+            if bool in map(type, idxs):
                 raise TypeError("the order is a mask: give positions, np.flatnonzero(mask)")
             return idxs
         batches = map(positions, self.batch_sampler)

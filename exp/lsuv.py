@@ -76,18 +76,6 @@ def _settle(run: Callable, units: dict, mean: float | None, std: float, tol: flo
         tried[weight] = tries + 1, bold, wrong
 
 # %% ../nbs/07_lsuv.ipynb #5d8ff457
-def _begin(biases: dict, orthogonal: bool, generator: torch.Generator | None, undo: ExitStack):
-    "Draw the weights to start from, and note how to put everything back."
-    for weight in biases:
-        source = generator or (torch.default_generator if weight.device.type != "cuda"
-                               else torch.cuda.default_generators[weight.device.index])
-        undo.callback(source.set_state, source.get_state())
-        for p in (weight, *biases[weight]): undo.callback(p.copy_, p.clone())
-        if orthogonal:
-            orthogonal_(weight, generator=generator)
-            for bias in biases[weight]: bias.zero_()
-
-
 @torch.no_grad()
 def lsuv_(
     model: nn.Module,  # changed in place: weights and biases of `layers`, nothing else
@@ -98,7 +86,7 @@ def lsuv_(
     tol: float = 1e-3,  # how far mean and std may be off, in units of `std`
     *,
     mean: float | None = 0.,  # wanted mean, where there is a bias; None: leave it, as the paper
-    std: float = 1.,          # wanted std
+    std: float = 1.,          # wanted std, above 0
     orthogonal: bool = True,  # draw orthogonal weights and zero the biases first
     max_iter: int = 50,       # steps per layer; one is enough for a layer's own output
     generator: torch.Generator | None = None,  # source of those weights; None: the global one
@@ -108,16 +96,20 @@ def lsuv_(
     Frozen ones are set like all others, unless `layers` leaves them out.
     Measured in evaluation mode; modes, buffers, gradients and hooks are left as they were.
     Raises: ValueError naming the layer that is dead, puts out NaN, does not run or settle; then
-    all weights and the generator are what they were. Paper: Mishkin & Matas 2015, algorithm 1.
+    all weights are what they were. Paper: Mishkin & Matas 2015, algorithm 1.
     """
-    if not 0 < std < math.inf: raise ValueError(f"std is {std}: give a finite number above 0")
     units = _units(model, layers)
     running = dict.fromkeys(_outputs(model, xb, units))
     idle = [name for weight, (name, *_) in units.items() if weight not in running]
     if not running or idle and layers is not None:
         raise ValueError(f"layers {idle} do not run, or not before what is measured: give `layers`")
     with ExitStack() as undo:
-        _begin({weight: units[weight][1] for weight in running}, orthogonal, generator, undo)
+        for weight in running:
+            biases = units[weight][1]
+            for p in (weight, *biases): undo.callback(p.copy_, p.clone())
+            if orthogonal:
+                orthogonal_(weight, generator=generator)
+                for bias in biases: bias.zero_()
         _settle(lambda: _outputs(model, xb, units), units, mean, std, tol, max_iter)
         undo.pop_all()
     return model

@@ -85,14 +85,14 @@ class BatchNorm(_Norm):
         *,
         bias: bool = True,       # train β, if affine?
     ):
-        super().__init__((num_features,), eps, affine, bias, device=device, dtype=dtype)
+        made, kept = dict(device=device, dtype=dtype), track_running_stats
+        super().__init__((num_features,), eps, affine, bias, **made)
         self.num_features, self.momentum, self.affine = num_features, momentum, affine
         self.track_running_stats = track_running_stats
-        start = (torch.zeros(num_features, device=device, dtype=dtype),
-                 torch.ones(num_features, device=device, dtype=dtype),
-                 torch.tensor(0, device=device))
-        for name, value in zip(("running_mean", "running_var", "num_batches_tracked"), start):
-            self.register_buffer(name, value if track_running_stats else None)
+        self.register_buffer("running_mean", torch.zeros(num_features, **made) if kept else None)
+        self.register_buffer("running_var", torch.ones(num_features, **made) if kept else None)
+        count = torch.tensor(0, device=device) if kept else None
+        self.register_buffer("num_batches_tracked", count)
 
     def reset_parameters(self) -> None:
         "Start anew: γ, β and the averages."
@@ -143,7 +143,7 @@ class LayerNorm(_Norm):
 
     def _centred(self, x):
         shape = self.normalized_shape
-        if not shape or x.shape[-len(shape):] != shape:
+        if x.shape[-len(shape):] != shape:
             raise ValueError(f"x is {tuple(x.shape)}: it must end in normalized_shape {shape}")
         d, _, var = centre(x, range(-len(shape), 0))
         return d, var, shape
@@ -165,9 +165,8 @@ class GroupNorm(_Norm):
         *,
         bias: bool = True,    # train β, if affine?
     ):
-        if num_groups < 1 or num_channels % num_groups:
-            raise ValueError(f"num_channels ({num_channels}) must be divisible by num_groups "
-                             f"({num_groups}): try {math.gcd(num_channels, num_groups)} groups")
+        if num_channels % num_groups: raise ValueError(
+            f"num_channels ({num_channels}) must be divisible by num_groups ({num_groups})")
         super().__init__((num_channels,), eps, affine, bias, device=device, dtype=dtype)
         self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
 

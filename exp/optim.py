@@ -96,10 +96,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict: return super().__getstate__() | {"rules": self.rules}
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.defaults.pop("differentiable", None)   # PyTorch adds it, and no rule of ours has it
-
     @property
     def kept(self) -> dict[str, tuple]:
         "What the rules keep: name -> (when, start)."
@@ -200,8 +196,7 @@ def _odd(opt: Optimizer, theirs: dict) -> list[str]:
     signs = _signs(opt)
     kin = next((rule for name, rule in _NAMESAKES.items() if name in theirs), None)
     theirs = {"rules": signs["rules"] if kin in signs["rules"] else kin} | theirs
-    odd = [n for n in opt.defaults if n not in theirs and n != "ratio_1d"]
-    odd += [n for n, sign in signs.items() if theirs.get(n, sign) != sign]
+    odd = [n for n, sign in signs.items() if theirs.get(n, sign) != sign]
     foreign = {"amsgrad", "maximize", "weight_decay"} - opt.defaults.keys()
     return odd + [n for n in sorted(foreign) if theirs.get(n)]
 
@@ -215,7 +210,6 @@ def _fitted(opt: Optimizer, saved: dict) -> tuple[list[dict], dict]:
     for theirs, ours in zip(saved["param_groups"], opt.param_groups):
         if odd := _odd(opt, theirs): raise ValueError(
             f"state_dict is of another optimizer: look at {', '.join(odd)}")
-        _check_hypers(theirs)
         groups.append(ours | theirs)
         for i, p in zip(theirs["params"], ours["params"]):
             state = {n: m for n, m in saved["state"].get(i, {}).items() if m is not None}
@@ -227,12 +221,11 @@ def _remembered(opt: Optimizer, p: Tensor, state: dict) -> dict:
     "What opt keeps of p, out of a saved state and copied. Raises: ValueError."
     kept = {n: m for n, m in state.items() if n != "step"}
     odd = {n for n, m in kept.items() if n not in opt.kept or m.shape != p.shape}
-    if state.keys() != {"momentum_buffer"}:      # PyTorch's SGD and Muon count no steps
-        odd |= {"step", *(n for n, (when, _) in opt.kept.items() if not when)} - state.keys()
+    odd |= {n for n, (when, _) in opt.kept.items() if not when} - kept.keys()
     if odd: raise ValueError(f"{', '.join(sorted(odd))} of a parameter {tuple(p.shape)} does not "
                              "fit in state_dict: is it of another model or optimizer?")
     memory = {n: torch.empty_like(p, dtype=_wide_dtype(p)).copy_(m) for n, m in kept.items()}
-    return memory | {"step": int(state.get("step", 1))}
+    return memory | {"step": int(state.get("step", 1))}     # PyTorch's SGD and Muon count none
 
 # %% ../nbs/09_optimizers.ipynb #a6e89d61
 @elementwise
@@ -360,8 +353,7 @@ def adagrad(
 ) -> Optimizer:
     "Divide by the root of the sum of squares. Raises: as Optimizer. Same as: torch.optim.Adagrad."
     return Optimizer(params, [l2], [adagrad_step], lr=lr, lr_decay=lr_decay, eps=eps,
-                     weight_decay=weight_decay,
-                     initial_accumulator_value=initial_accumulator_value)
+                     weight_decay=weight_decay, initial_accumulator_value=initial_accumulator_value)
 
 # %% ../nbs/09_optimizers.ipynb #ab5f0361
 def adam(

@@ -60,7 +60,6 @@ def open_rgb(
 def _upright(im: Image.Image) -> Image.Image:
     "Turned as the photo's note says; a note that is damaged says nothing."
     try: return ImageOps.exif_transpose(im)
-    except MemoryError: raise
     except Exception: return im
 
 
@@ -91,7 +90,7 @@ def to_float(
     "Bytes as floats."
     x = to_byte(x)
     if x.dtype != torch.uint8: raise TypeError(f"to_float got {x.dtype}: bytes become floats once")
-    return x.float().div_(255)
+    return x/255
 
 # %% ../nbs/08a_photos.ipynb #b6791991
 def cut(
@@ -100,9 +99,9 @@ def cut(
     size: tuple[int, int],      # height and width that come out
 ) -> Tensor:                    # (c, *size) uint8
     "A box of a photo, resized: the mean of all pixels beneath where it shrinks."
-    left, top, right, bottom = box
-    if not (0 <= left < right <= x.shape[2] and 0 <= top < bottom <= x.shape[1]): raise ValueError(
-        f"box {box} is not within a photo of {x.shape[2]}×{x.shape[1]}")
+    (left, top, right, bottom), (h, w) = box, x.shape[1:]
+    if not (0 <= left < right <= w and 0 <= top < bottom <= h):
+        raise ValueError(f"box {box} is not within a photo of {w}×{h}")
     part = x[:, top:bottom, left:right].permute(1, 2, 0)[None]    # as pixels lie in memory
     return F.interpolate(part.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True)[0]
 
@@ -144,8 +143,6 @@ class RandomResizedCrop(Resize):
     ):
         super().__init__(size)
         self.scale, self.ratio = scale, ratio
-        if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
-            raise ValueError(f"scale is {scale}, ratio {ratio}: give 0 < low ≤ high")
 
     def box(
         self,
@@ -214,13 +211,11 @@ class PhotoCache:
     size has changed. A photo that is not in it, or was bad, is opened as ever."""
     def __init__(
         self,
-        files: Iterable,  # the photos
+        files: Iterable | str | os.PathLike,  # the photos, or a folder of them
         size: int = 256,  # larger ones are scaled until their short side is this
         folder: str | os.PathLike | None = None,  # for the file; None: where `fetch` keeps sets
     ):
-        if isinstance(files, (str, os.PathLike)):
-            raise TypeError(f"files is {files!r}: give files, image_files(path)")
-        if size < 1: raise ValueError(f"size is {size}: give at least 1")
+        if isinstance(files, (str, os.PathLike)): files = image_files(files)
         self.files, self.size = [os.path.abspath(f) for f in files], size
         folder = cache_folder()/"decoded" if folder is None else Path(folder)
         name = "\n".join([_DECODER, str(size), *self.files]).encode(errors="surrogateescape")

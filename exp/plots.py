@@ -115,8 +115,7 @@ def plot_lines(
 ) -> "Axes":                      # the axes
     """Draw labelled curves; several rows under one label become their mean ± sample sd.
 
-    Raises: ValueError on no curves, and on one without points or with more or fewer than x."""
-    if not ys: raise ValueError("plot_lines got no curves: pass a dict of label -> numbers")
+    Raises: ValueError on a curve without points, or with more or fewer than x."""
     if ax is None: ax = subplots()[1]
     if x is not None: x, = _rows(x)
     for i, (label, y) in enumerate(ys.items()):

@@ -17,25 +17,19 @@ from itertools import accumulate, chain, islice, repeat
 from typing import Any
 
 from .callbacks import EMA, RowCallback, ValidateEvery, read_hyper
-from .learner import Callback, CancelFit, Learner, Progress, hears, same_randomness
+from .learner import EVENTS, Callback, CancelFit, Learner, Progress, hears, same_randomness
 from .plots import PALETTE, plot_lines
 
 # %% ../nbs/05c_schedules.ipynb #b52ed91a
 Schedule = Callable[[float], float]   # position, from 0 (first batch) to 1 (the end) -> value
 
 
-def linear(
-    start: float,  # value at position 0
-    end: float,    # value at position 1
-) -> Schedule:
+def linear(start: float, end: float) -> Schedule:    # values at position 0 and at position 1
     "A straight line. Same as: lr_scheduler.LinearLR."
     return lambda p: start*(1 - p) + end*p
 
 
-def cosine(
-    start: float,  # value at position 0
-    end: float,    # value at position 1
-) -> Schedule:
+def cosine(start: float, end: float) -> Schedule:    # values at position 0 and at position 1
     """Half a cosine wave: flat, steep, flat.
     Paper: Loshchilov & Hutter 2016. Same as: lr_scheduler.CosineAnnealingLR."""
     line = linear(start, end)
@@ -52,10 +46,7 @@ def poly(
     return lambda p: line(1 - (1 - p)**power)
 
 
-def exponential(
-    start: float,  # value at position 0, above 0
-    end: float,    # value at position 1, above 0
-) -> Schedule:
+def exponential(start: float, end: float) -> Schedule:    # values at 0 and at 1, both above 0
     "Equal factors in equal times. Raises: ValueError. Same as: lr_scheduler.ExponentialLR."
     if not (start > 0 and end > 0):
         raise ValueError(f"from {start} to {end}: factors need two values above 0")
@@ -69,7 +60,6 @@ def constant(value: float) -> Schedule:
 # %% ../nbs/05c_schedules.ipynb #36c0d57b
 def plot_schedules(
     schedules: dict[str, Schedule],  # label -> schedule
-    *,
     ylabel: str = "learning rate",   # what the value is
     title: str = "Schedules",        # what the picture shows
     ax: Any = None,                  # axes to draw on; new ones by default
@@ -81,9 +71,7 @@ def plot_schedules(
                       title=title, ax=ax)
 
 # %% ../nbs/05c_schedules.ipynb #e753f702
-def position(
-    learn: Learner,  # in the middle of a training batch
-) -> float:          # in [0, 1)
+def position(learn: Learner) -> float:    # in a training batch -> in [0, 1)
     "How much of the training lies behind this batch. Raises: ValueError without a known end."
     if learn.n_batches is None or learn.batch >= learn.n_batches: raise ValueError(
         f"batch {learn.batch} of a loader with len() {learn.n_batches}: a schedule needs to know "
@@ -91,11 +79,7 @@ def position(
     return (learn.epoch*learn.n_batches + learn.batch)/(learn.n_epochs*learn.n_batches)
 
 
-def write_hyper(
-    group: dict,   # of an optimizer
-    name: str,     # as in `read_hyper`
-    value: float,  # new value
-) -> None:
+def write_hyper(group: dict, name: str, value: float) -> None:    # a name as in `read_hyper`
     "Change a hyper-parameter of a group. Raises: ValueError where there is none of that name."
     if read_hyper(group, name) is None: raise ValueError(f"the optimizer has no {name!r} to "
         f"schedule: it has {', '.join(k for k in group if k != 'params')}")
@@ -109,6 +93,7 @@ class ParamScheduler(Callback):
     order = -80
     def __init__(
         self,
+        *,
         optional: Sequence[str] = (),  # names that a group may lack, or have at 0
         **schedules: Schedule | Sequence[Schedule],  # lr=…, momentum=…; a list is one per group
     ):
@@ -123,12 +108,10 @@ class ParamScheduler(Callback):
         if not learn.training: return
         p = position(learn)
         for name, given in self.schedules.items():
-            if name == "lr" and callable(given): self._set_rates(learn, given(p))
+            if name == "lr" and callable(given):
+                for group, base in zip(learn.groups, learn.base): group["lr"] = base["lr"]  # ratio
+                learn.set_lr(float(given(p)))
             else: self._set(learn, name, given, p)
-
-    def _set_rates(self, learn: Learner, last: float):
-        for group, base in zip(learn.groups, learn.base): group["lr"] = base["lr"]   # their ratio
-        learn.set_lr(float(last))
 
     def _set(self, learn: Learner, name: str, given: Schedule | Sequence[Schedule], p: float):
         n = len(learn.groups)
@@ -238,18 +221,17 @@ def _twin(learn: Learner, n_batches: int) -> Learner:
     try: twin = copy.deepcopy(twin, shared)
     except Exception as error: error.add_note("lr_find trains a copy of the learner"); raise
     twin.dls = copy.copy(learn.dls)
-    twin.dls.train, twin.dls.valid = _Endless(learn.dls.train, n_batches), None
+    twin.dls.train = _Endless(learn.dls.train, n_batches)
     return twin
 
 
-_STEP = ("before_fit", "before_epoch", "before_pass", "before_batch", "after_pred", "after_loss",
-         "after_backward", "before_step", "after_step", "around_batch", "around_forward")
+_AFTERWARDS = ("after_batch", "after_pass", "after_epoch", "after_fit")
 
 
 def _shapes_training(cb: Callback) -> bool:
     "Not one that watches, shows, writes or schedules; nor one that cannot be copied."
     if isinstance(cb, (RowCallback, ValidateEvery, EMA, Progress, ParamScheduler)): return False
-    if not any(hears(cb, event) for event in _STEP): return False
+    if not any(hears(cb, e) for e in EVENTS if e not in _AFTERWARDS): return False
     try: copy.deepcopy(cb)
     except Exception:
         warnings.warn(f"{type(cb).__name__} cannot be copied: lr_find goes without", stacklevel=4)
@@ -265,9 +247,10 @@ class _RangeWatch(Callback):
         self.total, self.best = 0., math.inf
 
     def before_batch(self, learn: Learner):
-        learn.set_lr(self.schedule(learn.batch/(learn.n_batches - 1)))
+        if learn.training: learn.set_lr(self.schedule(learn.batch/(learn.n_batches - 1)))
 
     def after_loss(self, learn: Learner):
+        if not learn.training: return                # another callback validates
         loss = learn.loss.item()
         if not math.isfinite(loss): raise CancelFit
         self.lrs.append(float(learn.groups[-1]["lr"]))      # another callback may have changed it
@@ -276,6 +259,9 @@ class _RangeWatch(Callback):
         average = self.total/(1 - .9**len(self.losses))   # as in Recorder: no pull to zero
         self.best = min(self.best, average)
         if 0 < self.stop*self.best < average: raise CancelFit
+
+    def after_pass(self, learn: Learner):
+        if learn.training: raise CancelFit
 
 # %% ../nbs/05c_schedules.ipynb #18834f16
 def _smooth(lrs: list[float], losses: list[float], width: float = .3) -> list[float]:
@@ -307,18 +293,6 @@ class RangeTest:
     smooth: list[float]  # the same, averaged over neighbours on both sides
 
     @property
-    def steepest(self) -> float:
-        "The rate at which the smoothed loss falls fastest, before its minimum."
-        low = self.smooth.index(min(self.smooth))
-        drops = [b - a for a, b in zip(self.smooth[:low], self.smooth[1:low+1])]
-        return self.lrs[drops.index(min(drops))] if drops else self.lrs[0]
-
-    @property
-    def minimum_10(self) -> float:
-        "A tenth of the rate at which the smoothed loss is lowest."
-        return self.lrs[self.smooth.index(min(self.smooth))]/10
-
-    @property
     def valley(self) -> float:
         "The rate half-way down the longest fall."
         fall = _longest_fall(self.smooth)
@@ -327,8 +301,11 @@ class RangeTest:
 
     @property
     def suggestions(self) -> dict[str, float]:
-        "All three by name."
-        return {"steepest": self.steepest, "minimum/10": self.minimum_10, "valley": self.valley}
+        "The rate of the steepest fall before the lowest loss, a tenth of that one's, the valley."
+        low = self.smooth.index(min(self.smooth))
+        drops = [b - a for a, b in zip(self.smooth[:low], self.smooth[1:low+1])]
+        steepest = self.lrs[drops.index(min(drops))] if drops else self.lrs[0]
+        return {"steepest": steepest, "minimum/10": self.lrs[low]/10, "valley": self.valley}
 
     def __repr__(self) -> str:
         words = ", ".join(f"{name} {rate:.2g}" for name, rate in self.suggestions.items())
@@ -356,20 +333,16 @@ def lr_find(
     high: float = 10.,     # last rate, if the loss bears it
     n_batches: int = 100,  # how many batches to spend; a short loader is read again
     stop: float = 4.,      # end when the average loss is this many times its best
-) -> RangeTest:            # .steepest, .minimum_10, .valley, .plot()
+) -> RangeTest:            # .valley, .suggestions, .plot()
     """Train a copy of the learner while the rate grows from low to high, and read the loss.
-    Raises: ValueError for bad bounds, or if not even the first batches can be learnt.
+    Raises: ValueError for rates of 0, or if not even the first batches can be learnt.
     Paper: Smith 2015, section 3.3; here the rate grows by factors, and the loss is read."""
-    if not 0 < low < high or n_batches < 10:
-        raise ValueError(f"low {low}, high {high}, n_batches {n_batches}: give 0 < low < high and "
-                         "at least 10 batches")
     if learn.fitting or learn.depth: raise RuntimeError("lr_find was called inside a fit or a pass")
     watch = _RangeWatch(exponential(low, high), stop)
     with same_randomness(learn.dls.train, learn.dls.valid):
         _twin(learn, n_batches).fit(1, cbs=watch)
-    if len(watch.lrs) < 5:
-        raise ValueError(f"it ended after {len(watch.lrs)} batches, from a rate of {low:g} on: the "
-                         "loss exploded or was NaN, or all was cancelled. Start lower, or look for "
-                         "NaN in the data")
+    if len(watch.lrs) < 5: raise ValueError(
+        f"it ended after {len(watch.lrs)} of {n_batches} batches, from a rate of {low:g} on: the "
+        "loss exploded or was NaN, or all was cancelled. Start lower, or look for NaN in the data")
     return RangeTest(watch.lrs, watch.losses, _smooth(watch.lrs, watch.losses))
 

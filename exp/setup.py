@@ -131,7 +131,7 @@ def check_numbers(
     for key, value in right.items():
         given = answer.get(key) if isinstance(answer, dict) else None
         try: number = float(given)
-        except (TypeError, ValueError, RuntimeError): number = None
-        assert number is not None, f"{key!r} needs a number, got {given!r}: answer with a dict"
+        except (TypeError, ValueError, RuntimeError): raise AssertionError(
+            f"{key!r} needs a number, got {given!r}: answer with a dict") from None
         close = abs(number - value) <= max(rtol*abs(value), atol)
         assert close, f"{key!r} is not {number:g}: {hints[key]}"

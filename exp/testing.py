@@ -32,12 +32,12 @@ from .datasets import source_of
 from .setup import at_scale, device_name, scale
 
 # %% ../nbs/00c_testing.ipynb #fa2f54f2
-def _as_tensor(x: object, like: Tensor | None = None) -> Tensor:
+def _as_tensor(x: object, where: str, like: Tensor | None = None) -> Tensor:
     "What came in as a tensor; Python's numbers in the dtype of `like`, where it can hold them."
     if torch.is_tensor(x): return x.detach()
     try: plain = torch.tensor(np.array(x, order="C"))
-    except (TypeError, ValueError):
-        raise AssertionError(f"{x!r:.60} is no tensor, array or number; was it returned?") from None
+    except (TypeError, ValueError): raise AssertionError(
+        f"{where}{x!r:.60} is no tensor, array or number; was it returned?") from None
     if like is None or isinstance(x, (np.ndarray, np.generic)): return plain
     fits = (torch.can_cast(plain.dtype, like.dtype)
             and (plain.dtype == torch.bool) == (like.dtype == torch.bool))
@@ -57,8 +57,8 @@ def _leaves(actual: object, expected: object, where: str = "") -> Iterator[tuple
             raise AssertionError(f"{where}keys differ: {[*got]}, expected {[*want]}")
         for key in want: yield from _leaves(got[key], want[key], f"{where}[{key!r}] ")
     else:
-        e = _as_tensor(expected, _as_tensor(actual))
-        yield _as_tensor(actual, e), e, where
+        e = _as_tensor(expected, where, _as_tensor(actual, where))
+        yield _as_tensor(actual, where, e), e, where
 
 # %% ../nbs/00c_testing.ipynb #c7a7db97
 def test_like(
@@ -69,11 +69,9 @@ def test_like(
 ) -> None:
     """Fail unless shape, dtype, device and every value agree; NaN agrees with NaN only.
 
-    Raises: AssertionError that says what differs, and where; ValueError for a negative tolerance.
+    Raises: AssertionError that says what differs, and where.
     Same as: torch.testing.assert_close(equal_nan=True), with its default tolerances per dtype.
     """
-    if not all(x is None or x >= 0 for x in (rtol, atol)):
-        raise ValueError(f"rtol is {rtol}, atol {atol}: give numbers ≥ 0, or None for the default")
     if (rtol is None) != (atol is None): rtol, atol = rtol or 0., atol or 0.
     for a, e, where in _leaves(actual, expected):
         torch.testing.assert_close(a, e, rtol=rtol, atol=atol, equal_nan=True,
@@ -95,8 +93,7 @@ def table(
     title: str = "",       # a line above the table
     **numbers,             # attributes of the table, for those who compute with what it shows
 ) -> Table:                # Markdown, padded to be readable as plain text too
-    "Lay out rows as a table; columns of numbers stand to the right. Raises: ValueError."
-    if not rows: raise ValueError("rows is empty: without a row nobody knows the columns; give one")
+    "Lay out rows as a table; columns of numbers stand to the right."
     columns = []
     for name in rows[0]:
         cells = [str(row.get(name, "")).replace("|", "\\|") for row in rows]
@@ -135,22 +132,11 @@ def _interleaved(funcs: dict, args: tuple, rounds: int, firsts: dict) -> dict[st
     times = {name: [] for name in funcs}
     for i in range(rounds):
         for name in list(funcs)[::-1 if i % 2 else 1]:
-            n = max(1, math.ceil(2e-4/max(firsts[name], 1e-7)))  # what takes microseconds, often
+            quickest = min([firsts[name], *times[name]])
+            n = max(1, math.ceil(2e-4/max(quickest, 1e-7)))      # what takes microseconds, often
             work = timeit.Timer(lambda: calls(funcs[name], n), _sync, time.perf_counter)
             times[name].append(work.timeit(1)/n)                 # without the garbage collector
     return times
-
-
-def _measure(funcs: dict, args: tuple, firsts: dict, repeats: int | None, budget: float | None):
-    "Times by version, and whether they agree with the first call; if not, measure up to thrice."
-    if budget is None: budget = at_scale(tiny=.02, cpu=1., gpu=1.)
-    fitting = int(budget/sum(max(first, 2e-4) for first in firsts.values()))
-    rounds = repeats or min(50, max(at_scale(tiny=1, cpu=3, gpu=3), fitting))
-    for _ in range(3):
-        times = _interleaved(funcs, args, rounds, firsts)
-        steady = {name: statistics.median(times[name]) <= 3*firsts[name] for name in funcs}
-        if all(steady.values()): break
-    return times, steady
 
 # %% ../nbs/00c_testing.ipynb #c1556f65
 def _snapshot(x: object) -> object:
@@ -213,18 +199,20 @@ def race(
                                   # (median), speedup, max_error, times, steady
     """Check every version of a computation, then time them in turn: medians of interleaved rounds.
 
-    A median three times the first call is measured again, twice at most, and marked if it stays.
+    A median of more than three times the first call is not `steady`, and marked with ~.
     If `check` is a float64 tensor, versions of any float dtype may race, and errors are against it.
     Raises: AssertionError naming the version that is wrong; ValueError naming one that changed
-    its arguments, and for fewer repeats than one.
+    its arguments.
     """
-    if repeats is not None and repeats < 1: raise ValueError(f"repeats is {repeats}: give ≥ 1")
     firsts, errors = _first_calls(funcs, args, check, rtol=rtol, atol=atol)
-    times, steady = _measure(funcs, args, firsts, repeats, budget)
+    if budget is None: budget = at_scale(tiny=.02, cpu=1., gpu=1.)
+    fitting = int(budget/sum(max(first, 2e-4) for first in firsts.values()))
+    rounds = repeats or min(50, max(at_scale(tiny=1, cpu=3, gpu=3), fitting))
+    times = _interleaved(funcs, args, rounds, firsts)
     median = {name: statistics.median(ts) for name, ts in times.items()}
     base = median[baseline] if baseline else max(median.values())
     rows = [dict(version=name, seconds=s, speedup=base/max(s, 1e-12), max_error=errors[name],
-                 times=times[name], steady=steady[name]) for name, s in median.items()]
+                 times=times[name], steady=s <= 3*firsts[name]) for name, s in median.items()]
     return table(list(map(_race_line, rows)), title, rows=rows, seconds=median, errors=errors)
 
 # %% ../nbs/00c_testing.ipynb #e40dff09
@@ -328,11 +316,9 @@ def _code_version(root: Path) -> dict:
 # %% ../nbs/00c_testing.ipynb #c5e5dcc2
 def _keep(lesson: str, what: str, text: str, folder: str | Path | None, root: Path) -> None:
     "Write a record where it belongs, in the place of none but its own, and never half a file."
-    official = os.environ.get("EXP_RECORD") == "1"
-    mine = folder is None and not official
     if folder is None:
         if scale() == "tiny" or not (root/"settings.ini").is_file(): return
-        folder = root/("results" if official else "my/results")
+        folder = root/("results" if os.environ.get("EXP_RECORD") == "1" else "my/results")
     start, word, end = [re.sub(r"[\W²³]+", "-", name.lower()).strip("-")
                         for name in (lesson, what, scale())]
     short = word.encode()[:120].decode(errors="ignore")
@@ -342,7 +328,7 @@ def _keep(lesson: str, what: str, text: str, folder: str | Path | None, root: Pa
     if short != word or not there.startswith(heading):
         mark = hashlib.sha256(what.encode()).hexdigest()[:6]   # + and - look alike in a file's name
         file = file.with_name(f"{start}-{short}-{mark}-{end}.json")
-    if mine: print(f"kept in my/results/{file.name}")
+    if file.parent == root/"my/results": print(f"kept in my/results/{file.name}")
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:

@@ -52,19 +52,13 @@ def nll(
     return -logp.gather(1, targets.long()[:, None]).mean()
 
 
-def cross_entropy(
-    logits: Tensor,   # scores, (bs, n_classes, …), any float dtype
-    targets: Tensor,  # class numbers, (bs, …), any integer dtype
-) -> Tensor:          # mean over all targets, ()
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:  # (bs, n_classes, …), (bs, …) -> ()
     "Negative log-likelihood after log-softmax. Raises: as `nll`. Same as: F.cross_entropy (1e-6)."
     return nll(log_softmax(logits), targets)
 
 
-def accuracy(
-    logits: Tensor,   # scores, (bs, n_classes, …); only their order matters
-    targets: Tensor,  # class numbers, (bs, …), any integer dtype
-) -> Tensor:          # share of targets whose class has the largest score, float32 ()
-    "How often the highest score is the right one. Raises: ValueError for shapes that do not fit."
+def accuracy(logits: Tensor, targets: Tensor) -> Tensor:    # (bs, n_classes, …), (bs, …) -> ()
+    "Share of targets whose class has the largest score. Raises: ValueError for other shapes."
     if logits.dim() < 2 or logits.shape[1] < 2: raise ValueError(
         f"logits has shape {tuple(logits.shape)}: one score has no largest; compare logits > 0")
     _check_targets(logits, targets)
@@ -137,7 +131,7 @@ class Module:
         if wrong or strict and missing + unexpected: raise ValueError(
             f"nothing was loaded: {missing=}, {unexpected=}, of other shapes {wrong}")
         with torch.no_grad():
-            for k in own.keys() - missing: own[k].copy_(state_dict[k])
+            for k, t in own.items(): t.copy_(state_dict.get(k, t))
         return missing, unexpected
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -230,8 +224,7 @@ class SGD(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr})
         for lr in [group["lr"] for group in self.param_groups]:
-            if not 0 <= lr < float("inf"):
-                raise ValueError(f"lr is {lr}: give a finite number, ≥ 0")
+            if not 0 <= lr < float("inf"): raise ValueError(f"lr is {lr}: give 0 ≤ lr < ∞")
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:

@@ -336,6 +336,20 @@ def test_a_batch_of_nothing_is_blamed_on_the_loss():
     assert "comes from loss_func" in explained(None, L.DataLoaders([(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))]))
 
 
+def test_a_mask_is_not_blamed_and_chance_is_thought_of():
+    class Masked(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(6, 2); self.register_buffer("mask", torch.full((2,), -torch.inf))
+        def forward(self, x): return (self.lin(x) + self.mask).softmax(-1)
+    words = explained(Masked())
+    assert "(Masked) gives the first value that is not finite" in words and "its mask" not in words
+    class Once(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(6, 2); self.calls = 0
+        def forward(self, x):
+            self.calls += 1
+            return self.lin(x)*(torch.nan if self.calls == 1 else 1.)
+    assert "Run again, the model gives finite outputs, so it comes from loss_func" in (words := explained(Once())) and "or from chance, as in dropout" in words
+
+
 def test_a_model_that_cannot_be_copied_or_run_alone_is_said():
     net = model(); net.extra = net[0].weight*1
     words = explained(net, loss_func=lambda p, y: F.cross_entropy(p, y)*float("nan"))
@@ -363,8 +377,7 @@ def test_nan_is_never_the_best():
 
 def test_a_watched_value_must_be_there():
     with pytest.raises(ValueError, match="watches 'f1', but a row has epoch, train_loss"): make([C.EarlyStopping("f1")]).fit(1)
-    for bad, words in ((lambda: C.EarlyStopping(mode="up"), "mode is 'up'"), (lambda: C.GradientClip(0), "max_norm is 0"), (lambda: C.EMA(1.), "decay is 1"),
-                       (lambda: C.GradientAccumulation(0), "n_batches is 0"), (lambda: C.ValidateEvery(0), "n is 0")):
+    for bad, words in ((lambda: C.EarlyStopping(mode="up"), "mode is 'up'"), (lambda: C.GradientClip(0), "max_norm is 0"), (lambda: C.EMA(1.), "decay is 1")):
         with pytest.raises(ValueError, match=words): bad()
 
 
@@ -434,6 +447,16 @@ def test_the_best_between_epochs_is_kept_as_it_was(tmp_path):
     assert [row.get("step") for row in learn.history] == [2, 4, None, 6, 8, None]
     best = read_checkpoint(tmp_path/"best.pt")["model"]
     assert equal(weights(learn), seen[6]) and equal([best[name] for name, _ in learn.model.named_parameters()], seen[6])
+
+
+def test_a_best_of_one_thing_is_not_resumed_as_a_best_of_another(tmp_path):
+    def watch(*names): return [C.EarlyStopping(name, patience=9, restore_best=True) for name in names]
+    make([*watch("valid_loss", "accuracy"), SaveCheckpoint(tmp_path)], metrics=accuracy).fit(2)
+    for others in (watch("accuracy", "valid_loss"), watch("valid_loss", "train_loss")):
+        with pytest.raises(ValueError, match="EarlyStopping watches '.*' here, but '.*' in the first run: resume with the same callbacks"):
+            make([*others, SaveCheckpoint(tmp_path)], metrics=accuracy).fit(3, resume=tmp_path/"last.pt")
+    learn = make([*watch("valid_loss", "accuracy"), SaveCheckpoint(tmp_path)], metrics=accuracy); learn.fit(3, resume=tmp_path/"last.pt")
+    assert len(learn.history) == 3
 
 
 def test_who_comes_in_the_middle_judges_no_old_row():
@@ -629,6 +652,18 @@ def test_two_backwards_and_one_step_are_one_batch():
     for p, q in zip(weights(a), weights(b)): torch.testing.assert_close(p, q)
     two = make(C.GradientAccumulation(2), opt_func=lambda p, lr: {"a": torch.optim.SGD(p[:1], lr), "b": torch.optim.SGD(p[1:], lr)})
     with pytest.raises(ValueError, match="step in turn"): two.fit(1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_gradients_may_be_forgotten_just_before_they_are_made_anew(n):
+    class Usual(L.Learner):
+        def train_batch(self):
+            loss = self.get_loss(self.forward(self.xb), self.yb)
+            self.zero_grad(); self.backward(loss); self.step()
+    ours, usual = (kind(model(), L.DataLoaders(batches()), F.cross_entropy, lr=.1, cbs=C.GradientAccumulation(n), quiet=True, device="cpu")
+                   for kind in (L.Learner, Usual))
+    ours.fit(2); usual.fit(2)
+    for p, q in zip(weights(ours), weights(usual), strict=True): assert torch.equal(p, q)
 
 
 def test_recorder_notes_the_rate_that_was_used():

@@ -432,3 +432,41 @@ def test_a_resume_knows_generators_of_callbacks(tmp_path):
     make([Noise(0), SaveCheckpoint(tmp_path)]).fit(1)
     resumed = make([Noise(5), SaveCheckpoint(tmp_path)], net=model(4)); resumed.fit(2, resume=tmp_path/"last.pt")
     assert equal(weights(calm), weights(resumed))
+
+
+def test_two_of_them_in_one_folder_are_refused(tmp_path):
+    def both(*folders): return [SaveCheckpoint(folder, monitor) for folder, monitor in zip(folders, ("valid_loss", "accuracy"))]
+    with pytest.raises(ValueError, match="give each a folder of its own"): make(both(tmp_path, tmp_path), metrics=accuracy).fit(1)
+    assert not list(tmp_path.iterdir())
+    make(both(tmp_path/"a", tmp_path/"b"), metrics=accuracy).fit(1)
+
+
+def test_a_resume_knows_the_older_generators(tmp_path):
+    "Those of Python's and NumPy's own, in a data set that draws."
+    class Shaken(Noisy):
+        def __init__(self): super().__init__(); self.one, self.two = random.Random(0), np.random.RandomState(0)
+        def __getitem__(self, i): return self.x[i] + self.one.random() + self.two.rand(), self.y[i]
+    def run(folder, n, resume=None):
+        learn = make([SaveCheckpoint(tmp_path/folder, "train_loss")], L.DataLoaders(DataLoader(Shaken(), 16)))
+        learn.fit(n, resume=resume)
+        return weights(learn)
+    calm, _ = run("calm", 2), run("cut", 1)
+    assert equal(calm, run("cut", 2, resume=tmp_path/"cut"/"last.pt"))
+
+
+def test_two_of_them_in_another_order_are_refused(tmp_path):
+    def both(*monitors): return [SaveCheckpoint(tmp_path/monitor, monitor) for monitor in monitors]
+    make(both("valid_loss", "accuracy"), metrics=accuracy).fit(1)
+    last = tmp_path/"accuracy"/"last.pt"
+    with pytest.raises(ValueError, match="in the same order"): make(both("accuracy", "valid_loss"), metrics=accuracy).fit(2, resume=last)
+    make(both("valid_loss", "accuracy"), metrics=accuracy).fit(2, resume=last)
+
+
+def test_our_optimizer_and_pytorchs_hand_each_other_a_training(tmp_path):
+    from exp.optim import adamw
+    for first, second in ((adamw, torch.optim.AdamW), (torch.optim.AdamW, adamw)):
+        learn = make(opt_func=first); learn.fit(1); learn.save(tmp_path/"a.pt"); learn.fit(1)
+        loaded = make(opt_func=second).load(tmp_path/"a.pt"); loaded.fit(1)
+        resumed = make(opt_func=second); resumed.fit(2, resume=tmp_path/"a.pt")
+        for other in (loaded, resumed):
+            for p, q in zip(weights(learn), weights(other), strict=True): torch.testing.assert_close(p, q)

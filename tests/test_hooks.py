@@ -4,8 +4,10 @@ import gc
 import io
 import math
 import pickle
+import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -431,15 +433,8 @@ def test_stats_say_what_is_wrong():
     assert "layer '1' (Dicts)" in notes(caught.value)
     for plot in (ActivationStats().plot_stats, ActivationStats().plot_hists):
         with pytest.raises(ValueError, match="no training step was measured"): plot()
-    with pytest.raises(ValueError, match="unit_dim is 0"): ActivationStats(unit_dim=0)
-    with pytest.raises(ValueError, match="unit_dim is -1"): ActivationStats(unit_dim=-1)
-    with pytest.raises(ValueError, match="every 0"): ActivationStats(every=0)
-    with pytest.raises(ValueError, match="sample 0"): ActivationStats(sample=0)
-    turns = iter([["0"], ["1"]])
-    def changing(model): return {name: model[0] for name in next(turns)}
-    model = simple_cnn((4,))
-    with pytest.raises(ValueError, match="layers were .'0'., now .'1'."): train(model, [ActivationStats(changing)], n=2)
-    assert not any(m._forward_hooks for m in model.modules())
+    for dim in (0, -1):
+        with pytest.raises(ValueError, match=f"unit_dim is {dim}"): ActivationStats(unit_dim=dim)
 
 
 def test_half_and_integer_outputs_and_dicts_are_measured():
@@ -564,7 +559,6 @@ MODELS = {
     "cnn": (lambda: simple_cnn(norm=nn.BatchNorm2d), (4, 1, 28, 28)),
     "groups": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, dilation=2), nn.Conv2d(8, 2, (1, 3), bias=False)), (2, 4, 9, 9)),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 5, 4, 2, 1)), (2, 3, 5, 6)),
-    "ours": (lambda: nn.Sequential(Conv2d(3, 5, 3, 2)), (2, 3, 9, 9)),
     "linear on sequences": (lambda: nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3)), (2, 5, 6)),
     "1d and 3d": (lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.Unflatten(1, (1, 4)), nn.Unflatten(2, (2, 2)), nn.Conv3d(1, 2, (1, 2, 3))), (2, 2, 9)),
     "turned round": (lambda: nn.Sequential(nn.Linear(6, 7), nn.Flatten(0, 1), nn.Linear(7, 3)), (2, 5, 6)),
@@ -622,19 +616,20 @@ def test_summary_guesses_no_work():
     norm = nn.LayerNorm((6, 4, 4), bias=False)                                     # its weight has three dimensions, like a filter
     assert summary(norm, torch.randn(2, 6, 4, 4)).rows[0]["flops"] is None
     assert summary(nn.EmbeddingBag(9, 4), torch.zeros(2, 3, dtype=torch.long)).rows[0]["flops"] is None
+    assert summary(Conv2d(3, 5, 3), torch.randn(2, 3, 9, 9)).rows[0]["flops"] is None          # our own, rebuilt to be understood
     assert summary(nn.Bilinear(3, 4, 5), (torch.randn(2, 3), torch.randn(2, 4))).rows[0]["flops"] is None
     normed = summary(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), torch.zeros(2, 4))
     assert "≥" in str(normed) and normed.params == 4 + 4 + 16
 
 
 class Moody(nn.Module):
-    "Draws random numbers, changes a buffer even in evaluation, and replaces another."
+    "Draws random numbers from all sources, changes a buffer even in evaluation, and replaces another."
     def __init__(self):
         super().__init__()
         self.register_buffer("count", torch.zeros(())); self.register_buffer("last", torch.zeros(2)); self.register_buffer("none", None)
     def forward(self, x):
         self.count += 1; self.last = torch.rand(3); self.none = x.mean(); self.register_buffer("late", x.std())
-        return x + torch.rand(1)
+        return x + torch.rand(1) + random.random() + np.random.rand()
 
 
 def test_summary_leaves_the_model_as_it_was():
@@ -642,7 +637,9 @@ def test_summary_leaves_the_model_as_it_was():
     model[1].eval(); model[3].train()
     x = torch.randn(8, 4)
     before, modes, rng, last = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()], torch.get_rng_state(), model[3].last
+    others = random.getstate(), np.random.get_state()[1:3]
     summary(model, x)
+    assert others[0] == random.getstate() and all(map(np.array_equal, others[1], np.random.get_state()[1:3]))
     for a, b in zip(model.state_dict().values(), before.values()): assert torch.equal(a, b)
     assert modes == [m.training for m in model.modules()] and torch.equal(rng, torch.get_rng_state())
     assert not hooks_on(model) and model[3].last is last and all(p.grad is None for p in model.parameters())

@@ -265,11 +265,12 @@ CALLS = {p.stem.replace("exercises_", "exercises."): tomllib.loads(p.read_text(e
 FORK = """
 import os, sys, json, traceback
 import torch
+import matplotlib.pyplot, torch._dynamo   # the second is what an optimizer imports when it is made
 torch.set_num_threads(1)
 module, calls = json.loads(sys.stdin.read())
 for name, code in calls.items():
     sys.stdout.flush()
-    pid = os.fork()                       # a fresh process a name, without paying for `import torch` each time
+    pid = os.fork()                       # a fresh process a name, without paying for these imports each time
     if pid == 0:
         try:
             space = {"torch": torch}

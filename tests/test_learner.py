@@ -2,6 +2,7 @@
 import collections
 import copy
 import pickle
+import random
 import subprocess
 import sys
 import weakref
@@ -201,11 +202,11 @@ def test_everything_goes_to_the_device():
     assert set(seen) == {("meta",)*3}
 
 
-def test_what_goes_to_the_cpu_is_waited_for():
-    "PyTorch's copies to the CPU that nobody waits for can be read before they are there."
+def test_only_copies_to_cuda_are_not_waited_for():
+    "Others can be read before they are there (CPU), or be made of what is gone already (MPS, PyTorch's issue 189690)."
     class Asked:
         def to(self, device, non_blocking): return non_blocking
-    assert L.to_device([Asked()], "cpu") == [False] and L.to_device({"a": Asked()}, torch.device("cuda", 0)) == {"a": True}
+    assert L.to_device([Asked()], "cpu") == L.to_device([Asked()], "mps") == [False] and L.to_device({"a": Asked()}, torch.device("cuda", 0)) == {"a": True}
 
 
 def test_what_a_callback_drops_weighs_nothing():
@@ -363,12 +364,12 @@ def test_order_is_stable_and_callbacks_can_come_and_go():
     learn.remove_cb(b)
     log.clear(); learn.fit(0, cbs=[b]); assert [n for n, _ in log] == list("bacbac")
     log.clear(); learn.fit(0); assert [n for n, _ in log] == list("acac")
-    with pytest.raises(ValueError, match="not among"): learn.remove_cb(b)
+    with pytest.raises(ValueError, match="this Spy listens not"): learn.remove_cb(b)
     assert learn.cb(Spy) is a
     with pytest.raises(ValueError, match="no Recorder"): learn.cb(Recorder)
 
 
-@pytest.mark.parametrize("cb, words", [(Recorder, "pass Recorder"), (3, "is no callback"), (object(), "is no callback")])
+@pytest.mark.parametrize("cb, words", [(Recorder, "Recorder'> is no callback"), (3, "is no callback"), (object(), "is no callback")])
 def test_what_is_no_callback_is_refused(cb, words):
     with pytest.raises(TypeError, match=words): make([cb])
 
@@ -685,7 +686,6 @@ def test_rates_of_groups_stay_in_ratio():
 def test_rates_that_fit_no_group_are_refused():
     with pytest.raises(ValueError, match="3 rates for 2 groups"): make(splitter=split, lr=[1, 2, 3]).fit(1)
     with pytest.raises(ValueError, match="give lr a list"): make(splitter=split, lr=[.1, 0.]).fit(1, .1)
-    with pytest.raises(TypeError, match="goes into cbs"): make().fit(1, lr=Recorder())
     for bad in (-.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="rates of 0 or more"): make().fit(1, bad)
         for lr in ([bad, .1], [.1, bad]):
@@ -764,7 +764,7 @@ def test_exchanged_parts_learn():
 @pytest.mark.parametrize("event", ["before_fit", "before_epoch", "before_pass"])
 def test_exchanged_in_the_middle_of_a_fit_is_an_error(event):
     learn = make([At(event, lambda learn: learn.model.__setitem__(2, nn.Linear(5, 2)), n=0 if event == "before_fit" else 1, mode=None)])
-    with pytest.raises(RuntimeError, match="in the middle of a fit"): learn.fit(3)
+    with pytest.raises(RuntimeError, match="between two fits"): learn.fit(3)
     for cb in list(learn.cbs): learn.remove_cb(cb)
     before = learn.model[2].weight.clone()
     with pytest.warns(UserWarning, match="exchanged"): learn.fit(1)
@@ -832,16 +832,15 @@ def test_a_bad_metric_is_named():
     with pytest.raises(ValueError, match="average it"): make(metrics=[lambda p, y: p]).fit(1)
 
 
-@pytest.mark.parametrize("n, error", [(-1, "n is -1"), (1.5, "integer"), ("3", "integer"), (None, "integer")])
+@pytest.mark.parametrize("n, error", [(1.5, "integer"), ("3", "integer"), (None, "integer")])
 def test_bad_n(n, error):
-    with pytest.raises((ValueError, TypeError), match=error): make().fit(n)
+    with pytest.raises(TypeError, match=error): make().fit(n)
 
 
 def test_classes_where_objects_are_wanted():
     with pytest.raises(TypeError, match=r"pass CrossEntropyLoss\(\)"): make(loss_func=nn.CrossEntropyLoss)
     with pytest.raises(TypeError, match="Count.*Metric objects"): make(metrics=[Count])
     with pytest.raises(TypeError, match="'Adam' object is not callable"): make(opt_func=torch.optim.Adam(model().parameters())).fit(1)
-    with pytest.raises(TypeError, match="an nn.Module"): make(net=lambda x: x)
     with pytest.raises(AttributeError, match="param_groups"): make(opt_func=lambda params, lr: None).fit(1)
 
 
@@ -943,7 +942,7 @@ def test_a_cancel_in_a_nested_validation_ends_the_fit():
 @pytest.mark.parametrize("splitter, n", [(None, -1), (None, 1), (split, 2), (split, -2), (split, 5)])
 def test_freezing_nothing_or_all_is_refused(splitter, n):
     learn = make(splitter=splitter)
-    with pytest.raises(ValueError, match="give a splitter" if splitter is None else f"n is {n} for 2 groups"): learn.freeze_to(n)
+    with pytest.raises(ValueError, match=rf"n is {n} for {2 if splitter else 1} group\(s\) of parameters: a splitter"): learn.freeze_to(n)
     assert all(p.requires_grad for p in learn.model.parameters())
 
 
@@ -1012,12 +1011,11 @@ def test_training_counts_where_its_validation_was_cut():
     assert learn.epochs_done == 0
 
 
-def test_validate_says_when_there_was_nothing():
-    with pytest.raises(ValueError, match="nothing to measure"): make(Never()).validate()
-
-
-class Never(L.Callback):
-    def before_batch(self, learn): raise L.CancelBatch
+def test_when_all_is_cancelled_nothing_is_measured():
+    class Never(L.Callback):
+        def before_batch(self, learn): raise L.CancelBatch
+    assert make(Never()).validate() == {}
+    with pytest.raises(ValueError, match="nothing to predict"): make(Never()).predict()
 
 
 def test_a_reset_that_fails_leaves_no_metric_in_use():
@@ -1051,3 +1049,52 @@ def test_zero_grad_may_come_first(n):
     last = make(list(kit)); last.fit(2)
     first = First(model(), L.DataLoaders(batches(), batches(24)), cross_entropy, lr=.1, cbs=kit, quiet=True, device="cpu"); first.fit(2)
     assert equal(weights(first), weights(last))
+
+
+# --- the last reading --------------------------------------------------------------------------------------------------------
+
+class Output(collections.OrderedDict):
+    "As models of `transformers` give: entries are attributes, too, and update is forbidden."
+    def __setitem__(self, name, value): super().__setitem__(name, value); super().__setattr__(name, value)
+    def update(self, *args, **kwargs): raise TypeError("no update here")
+
+
+def test_outputs_that_forbid_update_are_predicted():
+    class Net(nn.Linear):
+        def forward(self, x): out = Output(); out["logits"] = super().forward(x); return out
+    learn = make(net=Net(6, 2), loss_func=lambda pred, yb: cross_entropy(pred.logits, yb)); learn.fit(1)
+    got = learn.predict()
+    assert type(got) is Output and got.logits is got["logits"] and got.logits.shape == (24, 2)
+
+
+@pytest.mark.parametrize("make_one", [random.Random, np.random.RandomState, np.random.default_rng, torch.Generator().manual_seed], ids=["python", "numpy", "numpy's new", "torch"])
+def test_generators_of_every_kind_are_put_back(make_one):
+    class Owner: rng = None
+    owner = Owner(); owner.rng = make_one(3)
+    def draw(): return torch.rand(1, generator=owner.rng).item() if isinstance(owner.rng, torch.Generator) else owner.rng.random()
+    with L.same_randomness(owner): first = [draw() for _ in range(3)]
+    state = L.plain(L.random_state(owner))
+    assert first == [draw() for _ in range(3)] and draw() != first[0]
+    L.set_random_state(state, owner); assert first == [draw() for _ in range(3)]
+
+
+def test_what_is_set_on_a_learner_later_counts():
+    learn = make(lr=.1); learn.lr = .2; assert rates(learn) == [.2]
+    learn.fit(1); learn.lr = .5; learn.fit(1); assert rates(learn) == [.5] and learn.lr == .5
+    learn.opt_func = torch.optim.AdamW
+    with pytest.warns(UserWarning, match="opt_func .* exchanged: .* at the rates there were"): learn.fit(1)
+    assert type(learn.opt) is torch.optim.AdamW and rates(learn) == [.5]
+    learn.splitter = split
+    with pytest.warns(UserWarning, match="splitter were exchanged"): learn.freeze_to(-1)
+    assert [p.requires_grad for p in learn.model.parameters()] == [False, False, True, True]
+
+
+def test_of_troubles_the_worst_goes_on():
+    "An error before a cancel, the first error, the stronger cancel."
+    def end(*troubles):
+        learn = make([At("after_batch", raises(trouble), mode="train", order=i) for i, trouble in enumerate(troubles)])
+        try: learn.fit(2)
+        except ArithmeticError as error: return type(error)
+        return len(learn.history)
+    assert end(L.CancelFit(), ZeroDivisionError(), OverflowError()) is ZeroDivisionError
+    assert end(L.CancelBatch(), L.CancelFit(), L.CancelEpoch()) == 1 and end(L.CancelEpoch()) == 2

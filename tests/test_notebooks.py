@@ -9,6 +9,7 @@ import pytest
 import run_lesson
 from copy_lesson import clean, copy
 from house import NBS, lessons
+from nbclient.exceptions import DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from run_lesson import Teller, find, last_output, run
 
@@ -76,6 +77,17 @@ def test_an_error_stops_a_lesson_and_is_shown(mine, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(run_lesson.sys, "argv", ["run_lesson.py", "77"])
     with pytest.raises(SystemExit, match="ZeroDivisionError"): run_lesson.main()
     assert "stopped by an error" in capsys.readouterr().out and (tmp_path/"_out/77_trial.ipynb").exists()
+
+
+@pytest.mark.parametrize("gone", [DeadKernelError("Kernel died"), AssertionError(), KeyboardInterrupt()], ids=repr)
+def test_a_kernel_that_is_gone_takes_no_outputs_along(mine, tmp_path, monkeypatch, capsys, gone):
+    "Ctrl-C, or a lesson that outgrows the memory: a sentence, not nbclient's traceback, and what was computed is kept."
+    def execute(client): client.nb.cells[0].outputs = [new_output("stream", text="hours of work")]; raise gone
+    nbformat.write(new_notebook(cells=[new_code_cell("1"), new_code_cell("2")]), mine/"77_trial.ipynb")
+    monkeypatch.setattr(run_lesson, "ROOT", tmp_path), monkeypatch.setattr(run_lesson.NotebookClient, "execute", execute)
+    monkeypatch.setattr(run_lesson.sys, "argv", ["run_lesson.py", "77"])
+    with pytest.raises(SystemExit, match="kernel is gone: by Ctrl-C, or because it ran out of memory"): run_lesson.main()
+    assert nbformat.read(tmp_path/"_out/77_trial.ipynb", 4).cells[0].outputs[0].text == "hours of work"
 
 
 def test_only_record_keeps_outputs_and_writes_results(mine, tmp_path, monkeypatch):

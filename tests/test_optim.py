@@ -584,9 +584,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
     good = opt.state_dict()
     half_done = {**good, "state": {0: {k: good["state"][0][k] for k in ("step", "exp_avg")}}}
     bad = [(trained(adam, ((2, 3),)).state_dict(), r"groups of \[1\] parameters, this optimizer of \[2\]"),
-           (trained(adam, ((2, 3), (5,))).state_dict(), r"exp_avg, exp_avg_sq of a parameter \(4,\)"), (trained(momentum).state_dict(), "another optimizer: look at betas, eps"),
+           (trained(adam, ((2, 3), (5,))).state_dict(), r"exp_avg, exp_avg_sq of a parameter \(4,\)"), (trained(momentum).state_dict(), "another optimizer: look at rules"),
            (half_done, "exp_avg_sq of a parameter"),
-           ({**good, "param_groups": [{**good["param_groups"][0], "lr": -1.}]}, "lr is -1"),
            ({**good, "param_groups": [{**good["param_groups"][0], "amsgrad": True}]}, "amsgrad"),
            ({**good, "state": trained(rmsprop).state_dict()["state"]}, "exp_avg, exp_avg_sq, square_avg of a parameter.*another model or optimizer")]
     for state, words in bad:
@@ -783,14 +782,9 @@ def test_odd_forms_of_parameters(make, error, words):
     (rmsprop, "alpha", 1.), (rmsprop, "alpha", -.1), (momentum, "dampening", math.nan), (lars, "trust", -1.), (adagrad, "lr_decay", -1.), (adagrad, "initial_accumulator_value", -1.),
 ], ids=lambda x: getattr(x, "__name__", str(x)))
 def test_ranges_of_hypers(make, name, value):
-    "By argument, in a group, and in a saved state; 0 is always allowed."
+    "By argument and in a group; 0 is always allowed."
     with pytest.raises(ValueError, match=f"{name} is"): make([W()], **{name: value})
     with pytest.raises(ValueError, match=f"{name} is"): make([{"params": [W()], name: value}])
-    opt = make([W()])
-    saved = opt.state_dict()
-    saved["param_groups"][0][name] = value
-    with pytest.raises(ValueError, match=f"{name} is"): opt.load_state_dict(saved)
-    assert opt.param_groups[0][name] is not value
     make([{"params": [W()], name: (0., 0.) if name == "betas" else 0.}])
 
 
@@ -977,9 +971,9 @@ def test_only_what_means_the_same_is_taken(into, started):
 
 
 def test_a_state_that_lacks_something():
-    "A state of only a step, or without one, would go on from zeros as if they were averages."
+    "A state of only a step would go on from zeros as if they were averages."
     good = trained(adam).state_dict()
-    for names, words in ((("step",), "exp_avg, exp_avg_sq"), (("step", "exp_avg"), "exp_avg_sq"), (("exp_avg", "exp_avg_sq"), "step")):
+    for names, words in ((("step",), "exp_avg, exp_avg_sq"), (("step", "exp_avg"), "exp_avg_sq")):
         half = {**good, "state": {**good["state"], 1: {n: good["state"][1][n] for n in names}}}
         with pytest.raises(ValueError, match=f"^{words} of a parameter \\(4,\\) does not fit"): trained(adam).load_state_dict(half)
     plain = trained(sgd)                                     # which remembers nothing but its step
@@ -1019,7 +1013,9 @@ def test_a_state_may_be_loaded_twice_into_copies_too(make):
     for other in (opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
         for _ in range(3): other.load_state_dict(saved)
         other.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
-        assert set(other.param_groups[0]) >= set(other.param_groups[1]) and "differentiable" not in other.param_groups[1]
+        other.param_groups[1]["params"][0].grad = torch.ones(2, 2)
+        other.step()
+        other.load_state_dict(other.state_dict())
 
 
 def test_a_partial_of_a_rule_keeps_what_the_rule_keeps():

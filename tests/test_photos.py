@@ -87,8 +87,7 @@ def test_numbers_that_are_neither_bytes_nor_16_bits_are_no_photo(tmp_path):
 def test_what_is_not_the_photos_fault_is_not_called_a_bad_photo(tmp_path, monkeypatch, trouble):
     picture().save(tmp_path/"a.png")
     def fail(*args, **options): raise trouble
-    for owner, name in ((Image, "open"), (Image.Image, "load"), (ImageOps, "exif_transpose")):
-        if name == "exif_transpose" and not isinstance(trouble, MemoryError): continue
+    for owner, name in ((Image, "open"), (Image.Image, "load")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
             if name == "load": patch.setattr(type(Image.open(tmp_path/"a.png")), "load", fail)
@@ -244,8 +243,6 @@ def test_random_crop_follows_its_law():
     assert RandomResizedCrop(8, (1., 1.), (3/4, 4/3)).box(1000, 10, gen(1))[2] <= 1000    # falls back to the middle
     assert type(tfm.for_valid()) is Resize
     like(tfm.for_valid()(to_byte(picture())), Resize(8)(to_byte(picture())))
-    for bad in (dict(scale=(0, 1)), dict(scale=(.5, 1.2)), dict(scale=(.9, .1)), dict(ratio=(-1, 1)), dict(ratio=(2, 1))):
-        with pytest.raises(ValueError, match=list(bad)[0]): RandomResizedCrop(8, **bad)
 
 
 def test_the_same_crops_whoever_cuts(folder):
@@ -301,11 +298,8 @@ def test_what_a_transform_writes_nobody_else_sees(folder, tmp_path):
         "Blackens four rows in place."
         def __call__(self, x, generator): x[:, :4] = 0; return x
         def for_valid(self): return None
-    for files in (folder, str(folder)):
-        with pytest.raises(TypeError, match="image_files"): PhotoCache(files)
-    for size in (0, -1):
-        with pytest.raises(ValueError, match=f"size is {size}"): PhotoCache(image_files(folder), size)
     cache = PhotoCache(image_files(folder), 40, tmp_path/"den")
+    for path in (folder, str(folder)): assert PhotoCache(path, 40, tmp_path/"den").file == cache.file     # the photos of a folder
     before = [cache(f) for f in image_files(folder)]
     for _ in range(2): list(dls_of(folder, cache, Erase(), Resize(8), num_workers=0).train)
     like([cache(f) for f in image_files(folder)], before, rtol=0, atol=0)

@@ -152,15 +152,15 @@ def test_combine_nests():
     (lambda: S.combine([], []), "for 0 schedules"), (lambda: S.combine([1.5, -.5], [S.constant(1)]*2), "a share above 0"),
     (lambda: S.warm_up(S.constant(1), 0), "a share above 0"), (lambda: S.warm_up(S.constant(1), 1.), "a share above 0"),
     (lambda: S.cyclical(0, 1, 0), "for 0 schedules"), (lambda: S.warm_restarts(1, n_cycles=0), "for 0 schedules"), (lambda: S.warm_restarts(1, n_cycles=2, cycle_mult=0), "a share above 0"),
-    (lambda: S.one_cycle(.1, 0), "a share above 0"), (lambda: S.one_cycle(.1, 30), "a share above 0"),
-    (lambda: S.plot_schedules({}), "no curves")])
+    (lambda: S.one_cycle(.1, 0), "a share above 0"), (lambda: S.one_cycle(.1, 30), "a share above 0")])
 def test_bad_values_are_named(call, words):
     with pytest.raises(ValueError, match=words): call()
 
 
 @pytest.mark.parametrize("call, words", [
     (lambda: S.ParamScheduler(lr=.1), r"lr is 0.1: give a schedule, as constant\(0.1\)"),
-    (lambda: S.ParamScheduler(lr=[S.constant(1), .1]), "lr is 0.1")])
+    (lambda: S.ParamScheduler(lr=[S.constant(1), .1]), "lr is 0.1"),
+    (lambda: S.ParamScheduler({"lr": S.constant(.1)}), "positional argument")])
 def test_bad_types_are_named(call, words):
     with pytest.raises(TypeError, match=words): call()
 
@@ -621,9 +621,18 @@ def test_a_short_loader_is_read_again_and_no_epoch_ends(tmp_path):
     assert len(found.lrs) == 33 and Epochs.ends == []
 
 
-@pytest.mark.parametrize("kwargs", [dict(low=0), dict(low=-1), dict(high=1e-7), dict(n_batches=9)])
-def test_bad_bounds(kwargs):
-    with pytest.raises(ValueError, match="give 0 < low < high"): S.lr_find(make(), **kwargs)
+@pytest.mark.parametrize("low", [0, -1])
+def test_a_rate_of_zero_is_no_start(low):
+    with pytest.raises(ValueError, match="two values above 0"): S.lr_find(make(), low)
+
+
+@pytest.mark.parametrize("dl", [None, batches(24, 12), batches(8)])
+def test_a_callback_that_validates_disturbs_no_range_test(dl):
+    class Look(L.Callback):
+        def after_step(self, learn): learn.validate(dl)
+        def before_step(self, learn): learn.validate(dl)
+    calm, looked = (S.lr_find(make(cbs, dls=L.DataLoaders(batches(80), batches(16))), n_batches=10) for cbs in ([], [Look()]))
+    assert calm == looked and len(calm.lrs) == 10 and calm.lrs[-1] == pytest.approx(10.)
 
 
 def test_rates_are_those_that_were_used_and_what_ends_a_test_is_not_only_nan():
@@ -647,7 +656,7 @@ def test_what_cannot_be_tested():
     with pytest.raises(ValueError, match="dls.train is an iterator, which the test would use up"): S.lr_find(make(dls=L.DataLoaders(iter(batches()))))
     with pytest.raises(ValueError, match="gave no batch"): S.lr_find(make(dls=L.DataLoaders([])))
     x, y = data(8)
-    with pytest.raises(ValueError, match="ended after 0 batches, from a rate of 1e-06 on: .* Start lower, or look for NaN"):
+    with pytest.raises(ValueError, match="ended after 0 of 100 batches, from a rate of 1e-06 on: .* Start lower, or look for NaN"):
         S.lr_find(make(dls=L.DataLoaders([(x*math.nan, y)])))
     learn = make()
     learn.model.lock = open(__file__)
@@ -678,10 +687,10 @@ def fake(f, low=1e-6, high=10., n=100):
 def test_suggestions_on_a_curve_we_know(centre, width, n):
     fall = lambda x: 2.3 - 2/(1 + math.exp(-(x - centre)/width)) + (max(0., x - centre - 2))**2   # noqa: E731
     found = fake(fall, n=n)
-    assert abs(math.log10(found.steepest) - centre) < .25
+    assert abs(math.log10(found.suggestions["steepest"]) - centre) < .25
     assert abs(math.log10(found.valley) - centre) < .3
-    assert found.minimum_10 == found.lrs[found.smooth.index(min(found.smooth))]/10
-    assert list(found.suggestions.values()) == [found.steepest, found.minimum_10, found.valley]
+    assert found.suggestions["minimum/10"] == found.lrs[found.smooth.index(min(found.smooth))]/10
+    assert list(found.suggestions) == ["steepest", "minimum/10", "valley"] and found.suggestions["valley"] == found.valley
     wider = fake(fall, low=1e-9, n=round(n*10/7))
     assert abs(math.log10(wider.valley/found.valley)) < .2, "a longer flat part before the fall changes nothing"
 

@@ -95,8 +95,6 @@ def test_tolerances():
     assert alike(torch.tensor([1e-9]), torch.tensor([0.])) and not alike(torch.tensor([1.]), torch.tensor([1 + 1e-6]), atol=0., rtol=0.)
     assert not alike(torch.tensor([1000.]), torch.tensor([1000.01]), atol=1e-3), "with atol alone, rtol is 0"
     assert alike(torch.tensor([5]), torch.tensor([6]), atol=1)
-    for bad in (dict(rtol=-1), dict(atol=-1e-9), dict(atol=float("nan"))):
-        with pytest.raises(ValueError, match="≥ 0"): test_like(1., 1., **bad)
 
 
 @pytest.mark.parametrize("a, b, words", [
@@ -109,7 +107,8 @@ def test_tolerances():
     (dict(w=torch.ones(2)), dict(w=torch.zeros(2)), [r"\['w'\]"]),
     ([1], [1, 2], [r"keys differ: \[0\], expected \[0, 1\]"]),
     (dict(a=1), dict(b=1), ["keys differ", "'a'", "'b'"]),
-    (None, torch.ones(1), ["None is no tensor", "returned"]),
+    (None, torch.ones(1), ["None is no tensor", "returned"]), (dict(a=[1., None]), dict(a=[1., 2.]), [r"^\['a'\] \[1\] None is no tensor"]),
+    (dict(a=[1., 2.]), dict(a=[1., "two"]), [r"^\['a'\] \[1\] 'two' is no tensor"]),
 ])
 def test_the_message_says_what_and_where(a, b, words):
     with pytest.raises(AssertionError) as caught: test_like(a, b)
@@ -193,7 +192,7 @@ def test_race_without_check():
 def test_race_interleaves_and_keeps_to_its_budget():
     calls = []
     race({"a": lambda: (calls.append("a"), time.sleep(.001)), "b": lambda: (calls.append("b"), time.sleep(.001))}, check=False, repeats=3)
-    assert re.fullmatch("ab(abbaab){1,3}", "".join(calls))         # more than one time, where a busy machine is unsteady
+    assert "".join(calls) == "ababbaab"
     start = time.perf_counter(); run = race({"slow": slow}, torch.ones(1), budget=.05)
     assert 1 <= len(run.rows[0]["times"]) <= 13 and time.perf_counter() - start < 2
 
@@ -218,8 +217,7 @@ def test_race_leaves_the_garbage_collector_as_it_was():
     finally: gc.enable()
 
 
-@pytest.mark.parametrize("funcs, kwargs, error", [({"a": 3}, {}, TypeError), ({"a": quick}, dict(baseline="b"), KeyError), ({"a": quick}, dict(rtol=-1.), ValueError),
-                                                  ({"a": quick}, dict(repeats=0), ValueError), ({"a": quick}, dict(repeats=-1), ValueError)])
+@pytest.mark.parametrize("funcs, kwargs, error", [({"a": 3}, {}, TypeError), ({"a": quick}, dict(baseline="b"), KeyError)])
 def test_race_refuses(funcs, kwargs, error):
     with pytest.raises(error): race(funcs, torch.ones(1), **{"repeats": 1, **kwargs})
 
@@ -230,26 +228,28 @@ class Clock:
     def work(self, seconds): self.now += seconds
 
 
-def test_a_median_that_contradicts_the_first_call_is_measured_again(monkeypatch):
-    clock, calls = Clock(monkeypatch), itertools.count()
-    def disturbed(): clock.work(.01 if 1 <= next(calls) <= 3 else .001)          # the whole first series falls into a busy moment
-    run = race({"disturbed": disturbed, "calm": lambda: clock.work(.001)}, check=False, repeats=3)
-    assert run.seconds == pytest.approx({"disturbed": .001, "calm": .001}) and all(row["steady"] for row in run.rows) and "~" not in run
-
-
-def test_a_median_that_stays_contradictory_is_marked(monkeypatch):
+def test_a_median_that_contradicts_the_first_call_is_marked(monkeypatch):
     clock, calls = Clock(monkeypatch), itertools.count()
     run = race({"slows down": lambda: clock.work(.01 if next(calls) else .001)}, check=False, repeats=3)
-    assert not run.rows[0]["steady"] and "~10.00 ms" in run and next(calls) == 1 + 3*3, "two more series, no more"
+    assert not run.rows[0]["steady"] and "~10.00 ms" in run and next(calls) == 1 + 3
 
 
 @given(st.floats(1e-6, 1e-2), st.floats(.1, 2.9))
-def test_steady_times_are_measured_once(first, factor):
+def test_steady_times_are_not_marked(first, factor):
     with pytest.MonkeyPatch.context() as patch:
         clock, calls = Clock(patch), itertools.count()
         run = race({"a": lambda: clock.work(first*(factor if next(calls) else 1))}, check=False, repeats=2)
-    n = max(1, math.ceil(2e-4/first))
-    assert run.rows[0]["steady"] and run.seconds["a"] == pytest.approx(first*factor) and next(calls) <= 1 + 2*(n + 1)
+    assert run.rows[0]["steady"] and run.seconds["a"] == pytest.approx(first*factor) and "~" not in run
+
+
+def test_who_prepares_something_at_the_first_call_races_fairly(monkeypatch):
+    "What a measurement costs beside its calls weighs the same in both versions: in all rounds but the first, they are called equally often."
+    clock, calls = Clock(monkeypatch), {"prepares": 0, "ready": 0}
+    def version(name, first):
+        def run(): calls[name] += 1; clock.work(first if calls[name] == 1 else 1e-6)
+        return run
+    race({"prepares": version("prepares", .5), "ready": version("ready", 1e-6)}, check=False, repeats=5)
+    assert 4*200 <= calls["prepares"] <= calls["ready"]
 
 
 @pytest.mark.parametrize("seconds, text", [(7.891, "7.89 s"), (123.4, "123 s"), (.0123, "12.3 ms"), (.001, "1.00 ms"), (4.56e-6, "4.56 µs"), (2e-9, "0.00 µs"), (4321., "4,321 s")])
@@ -360,7 +360,6 @@ def test_table_is_markdown_and_text():
     assert got._repr_markdown_() == str(got) == repr(got)
     assert table([{"a": 1, "b": 2}, {"a": 3}]).count("\n") == 3
     assert table([{"a": 1}], title="one", rows=[7]).startswith("**one**\n\n| ") and table([{"a": 1}], rows=[7]).rows == [7]
-    with pytest.raises(ValueError, match="empty"): table([])
 
 
 # --- record ------------------------------------------------------------------------------------------------------------------
@@ -527,4 +526,3 @@ def test_results_table(tmp_path):
     assert len(lines) == 4 and all(line.count("|") == lines[0].count("|") for line in lines)
     assert re.search(r"many runs \| +2.0 ± 1.0 % \| +3 \| +4 \| +toy", lines[2].replace("|  ", "| ")) or "2.0 ± 1.0 %" in lines[2] and " toy " in lines[2] and " 4 " in lines[2]
     assert "5.000" in lines[3] and "–" in lines[3]
-    with pytest.raises(ValueError): results_table([])

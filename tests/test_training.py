@@ -262,6 +262,21 @@ def test_a_state_that_does_not_fit_changes_nothing():
     with pytest.raises(ValueError, match="other shapes"): model.load_state_dict({"gain": torch.zeros(9)}, strict=False)
 
 
+def test_of_a_shared_weight_the_last_value_is_loaded_as_in_pytorch():
+    def build(base, linear, tied):
+        class Net(base):
+            def __init__(self):
+                super().__init__()
+                for i in range(30): setattr(self, f"layer{i}", linear(1, 1))
+                if tied:
+                    for i in range(30): getattr(self, f"layer{i}").weight = self.layer0.weight
+        return Net()
+    state = {k: torch.full_like(v, i) for i, (k, v) in enumerate(build(nn.Module, nn.Linear, False).state_dict().items())}
+    ours, theirs = build(Module, Linear, True), build(nn.Module, nn.Linear, True)
+    ours.load_state_dict(state); theirs.load_state_dict(state)
+    test_like(ours.state_dict(), theirs.state_dict())
+
+
 def test_modes_and_moves():
     model = both()[0]
     assert model.training and model.eval() is model and not model.body[1].lin.training

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,10 +48,12 @@ def run(path: Path, timeout: int = 3600, tell=lambda done, of, cell: None):
     of = sum(cell.cell_type == "code" for cell in nb.cells)
     place = {id(cell): i for i, cell in enumerate(cell for cell in nb.cells if cell.cell_type == "code")}
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-                            extra_arguments=["--log-level=ERROR"],      # its warnings are not about the lesson
+                            extra_arguments=["--log-level=CRITICAL"],   # its own words are not about the lesson
                             on_cell_start=lambda cell, cell_index: id(cell) in place and tell(place[id(cell)], of, cell_index))
     try: client.execute()
-    except CellExecutionError as error: return nb, error
+    except (CellExecutionError, CellTimeoutError) as error: return nb, error
+    except (DeadKernelError, AssertionError, KeyboardInterrupt):    # by Ctrl-C nbclient loses its kernel, and asserts that it has one
+        return nb, RuntimeError("its kernel is gone: by Ctrl-C, or because it ran out of memory")
     return nb, None
 
 

@@ -71,7 +71,8 @@ class Tensor:
         data: object,                 # torch tensor, NumPy array (both shared), number or list
         requires_grad: bool = False,  # make it a leaf whose `.grad` gets filled
     ):
-        self.data, self.grad, self.node = torch.as_tensor(_array(data)), None, None
+        data = data if isinstance(data, (list, tuple)) else _array(data)
+        self.data, self.grad, self.node = torch.as_tensor(data), None, None
         if requires_grad: self.requires_grad_()
 
     def requires_grad_(self, requires_grad: bool = True) -> "Tensor":

@@ -265,6 +265,7 @@ def train_mlp(
     Raises: ValueError if x and y differ in length; RuntimeError for a gradient of another shape."""
     if len(x) != len(y): raise ValueError(f"x has {len(x)} examples, y {len(y)}: one target each")
     losses = []
+    for p in params: p.grad = None            # what an earlier look has left
     for epoch in range(epochs):
         for i in minibatches(len(x), bs, 1000*seed + epoch):
             loss, grads = grad_func(params, x[i], y[i])

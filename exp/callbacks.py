@@ -163,7 +163,8 @@ def explain_nan(learn: Learner) -> str:    # in the middle of a batch, or after 
                                      f"found out ({error}).")
     if layer is None: return data(Tensor.isinf) or (
         "Run again, the model gives finite outputs, so it comes from loss_func (look for log(0), "
-        "0/0, or targets out of its range) or from chance, as in dropout.")
+        f"0/0, targets out of its range, or outputs too large for it: learning rate {rates}) or "
+        "from chance, as in dropout.")
     buffers = [b for b, value in layer.named_buffers(recurse=False) if value.isnan().any()]
     cure = (f"its {', '.join(buffers)} is not finite: did an earlier batch spoil it?" if buffers
             else "lower the rate, or look for log(0), 0/0 and half precision in it.")
@@ -250,6 +251,14 @@ class EMA(Callback):
     def forget_weights(self) -> None:
         "The weights were set from outside: an average of others says nothing about them."
         self.average, self._owners, self._versions = {}, [], {}
+
+    def weights_loaded(self, learn: Learner, state: dict | None) -> None:
+        "Weights came from a file: so does their average, if it was saved with them."
+        self.forget_weights()
+        if state is None: return
+        self._start(learn)
+        self.load_state_dict(state)
+        self.after_fit(learn)
 
     def before_fit(self, learn: Learner):
         _only_one(learn, EMA)
@@ -338,12 +347,7 @@ class Best(RowCallback):
 
     def judge(self, learn: Learner, value: float) -> None: "A new value of what is watched."
 
-    def state_dict(self) -> dict: return {"monitor": self.monitor}
-    def load_state_dict(self, state: dict) -> None:
-        if state["monitor"] != self.monitor: raise ValueError(
-            f"{type(self).__name__} watches {self.monitor!r} here, but {state['monitor']!r} in the "
-            "first run: resume with the same callbacks, in the same order")
-        vars(self).update(state)
+    def load_state_dict(self, state: dict) -> None: vars(self).update(state)
 
 
 class EarlyStopping(Best):
@@ -381,7 +385,7 @@ class EarlyStopping(Best):
             if isinstance(cb, EMA): cb.forget_weights()
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {k: getattr(self, k) for k in ("best", "wait", "weights")}
+        return {k: getattr(self, k) for k in ("best", "wait", "weights")}
 
 # %% ../nbs/05a_callback_kit.ipynb #bad0bb39
 class ValidateEvery(Callback):

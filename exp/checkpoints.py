@@ -64,5 +64,4 @@ class SaveCheckpoint(Best):
         finally:
             if learn.epoch_complete and is_main(): learn.save(self.folder/"last.pt")
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"kept": self.kept, "steps": self.steps}
+    def state_dict(self) -> dict: return {"kept": self.kept, "steps": self.steps}

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
 from functools import partial
 from itertools import chain, islice
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def random_splitter(
 ) -> Callable:                # items -> positions for training, for validation
     "Split by lot."
     def split(items: Sequence) -> tuple[list[int], list[int]]:
-        order = random.Random(seed).sample(range(len(items)), len(items))
+        order = random.Random(index(seed)).sample(range(len(items)), len(items))
         cut = round(valid_share*len(items))
         return sorted(order[cut:]), sorted(order[:cut])
     return split
@@ -355,8 +356,10 @@ class ItemLoaders(DataLoaders):
     ) -> Any:             # xb as the model would see it, in validation
         "A batch of new items: learn.predict(dls.batch_of([file, another]))."
         if isinstance(items, (str, os.PathLike)): items = [items]
+        if not len(items): raise ValueError("no items: does the folder hold any?")
         ds = ItemSet(items, lambda item: None, self.valid.ds.tfm, Pipeline())
-        xb, _ = self.valid.collate_fn([(x, 0) for x, _ in ds])
+        y = self.valid.ds.target(self.valid.ds.items[0])     # a collate_fn may want to see one
+        xb, _ = self.valid.collate_fn([(x, y) for x, _ in ds])
         return self.valid.batch_tfms((xb, None))[0]
 
     def loader_of(

@@ -111,9 +111,12 @@ def as_found(
     "Put back every mode, buffer and random state that running a model can change."
     found = [(m, m.training, dict(m._buffers)) for m in model.modules()]
     values = [(b, b.clone()) for b in model.buffers()]
+    fast = torch.backends.mha.get_fastpath_enabled()     # in evaluation, it calls no layer inside
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with same_randomness(): yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for m, mode, buffers in found: m.training, m._buffers = mode, buffers
         for b, old in values: b.data.copy_(old)
 
@@ -200,8 +203,8 @@ class ActivationStats(Callback):
     """
     def __init__(
         self,
-        layers: object = None,  # as for `Hooks`, or a function model -> layers, the same in each
-                                # step; None: the model's children
+        layers: object = None,  # as for `Hooks`, or a function model -> layers, which is asked
+                                # once a fit; None: the model's children
         every: int = 1,         # measure at each so many training steps
         bins: int = 60,         # of a histogram
         limits: tuple[float, float] = (-6., 6.),  # of a histogram; values beyond go to the edges
@@ -215,8 +218,10 @@ class ActivationStats(Callback):
         self.before_fit()
 
     def before_fit(self, learn: Learner | None = None) -> None:
-        self.names, self.steps, self._rows, self._step = [], [], [], -1
+        self.names, self.steps, self._rows, self._step, self._watched = [], [], [], -1, None
         self._table = self.means = self.stds = self.dead = self.hists = torch.empty(0)
+
+    def after_fit(self, learn: Learner) -> None: self._watched = None     # keep no model alive
 
     def before_batch(self, learn: Learner) -> None:
         if learn.mode == "train": self._step += 1
@@ -224,9 +229,11 @@ class ActivationStats(Callback):
     def around_forward(self, learn: Learner) -> Hooks | None:
         "Hooks, while model and loss run in a training step that is to be measured."
         if learn.mode != "train" or self._step % self.every: return None
-        layers = learn.model if self.layers is None else self.layers
-        if not isinstance(layers, nn.Module) and callable(layers): layers = layers(learn.model)
-        hooks = Hooks(layers, self._measure)
+        if self._watched is None:         # for the whole fit, so that a row is of one layer
+            layers = learn.model if self.layers is None else self.layers
+            if not isinstance(layers, nn.Module) and callable(layers): layers = layers(learn.model)
+            self._watched = list(layers) if isinstance(layers, Iterator) else layers
+        hooks = Hooks(self._watched, self._measure)
         self.names = self.names or [hook.name for hook in hooks]
         if self.steps[-1:] != [self._step]:
             self.steps.append(self._step)

@@ -385,7 +385,8 @@ class Announcer:
     def where(self) -> str:
         "Epoch and batch, for messages."
         kind = {None: "", "train": "training", "validate": "validation", "predict": "prediction"}
-        place = kind[self.mode] + (f" batch {self.batch}" if self.batch is not None else "")
+        place = kind[self.mode]
+        if self.batch is not None: place += f"{' after'*(self.xb is None)} batch {self.batch}"
         return ", ".join([f"epoch {self.epoch}"]*self.fitting + [place]*bool(place))
 
 # %% ../nbs/05_callbacks.ipynb #cf7ab6e3
@@ -433,7 +434,7 @@ class BatchStep(Announcer):
         if loss is not self.loss: self._set_loss(loss)
         self.loss_for_grad.backward()
         if not self.unfinished: self.window.append(self.weight)
-        self.unfinished, self.spent = True, False
+        self.unfinished = True
         self._fire("after_backward")
 
     def step(self, opt: torch.optim.Optimizer | None = None) -> None:
@@ -446,7 +447,6 @@ class BatchStep(Announcer):
             if not self.skip_step:
                 for one in self.stepping: one.step()
                 self.stepped = True
-            self.spent = True       # what is in the window was used; a zero_grad may come later
             self._fire("after_step")
         finally: self.stepping = ()
 
@@ -550,19 +550,19 @@ class Loop(BatchStep):
             if cancelled and self.unfinished: self._drop_gradients()
             if out is not None and not cancelled:
                 out.append((*to_device((self.pred, self.yb), "cpu"), batch_size(self.xb)))
-            self.pred = self.loss = self.loss_for_grad = None
+            self.xb = self.yb = self.pred = self.loss = self.loss_for_grad = None
         if number < 0 and (n_processes() == 1 or self.training):
             raise ValueError("the loader gave no batch: is it empty, or a used-up iterator?")
-        if self.training and self.window and not self.spent:    # a last, short window steps, too
+        if self.training and self.accumulating and self.window:    # a last, short window steps
             self.accumulating = False
             with suppress(CancelBatch): self.step()
             self.zero_grad()
 
     def _receive(self, number: int, item):
         "A pair from the loader: to the device, and through the batch transforms."
-        self.batch, self.indices = number, getattr(self.dl, "indices", None)
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(f"the loader gave {describe(item)}: a loader yields pairs (xb, yb)")
+        self.batch, self.indices = number, getattr(self.dl, "indices", None)
         self.xb, self.yb = to_device(item, self.device)
         transform = getattr(self.dl, "batch_tfms", None)
         if transform: self.xb, self.yb = transform((self.xb, self.yb), torch.default_generator)
@@ -639,11 +639,15 @@ class Optimizers:
         self._opts, self._made_of = made, self._recipe()
 
     def _renew_opts(self):
-        before = [group["lr"] for opt in self._opts.values() for group in opt.param_groups]
+        groups = [(opt, group) for opt in self._opts.values() for group in opt.param_groups]
+        before = [group["lr"] for _, group in groups]
+        chosen = any(group["lr"] != opt.defaults.get("lr") for opt, group in groups)
+        same = self.opt_func is self._made_of[0]
         self._make_opts()
-        if len(before) == len(self.groups): self.set_lr(before)
+        if same or chosen: self.set_lr(before if len(before) == len(self.groups) else before[-1])
+        rates = ", ".join(f"{float(group['lr']):.3g}" for group in self.groups)
         warnings.warn("parameters, opt_func or splitter were exchanged: the optimizer starts anew, "
-                      "at the rates there were", stacklevel=4)
+                      f"at lr {rates}", stacklevel=4)
 
     def _put_back(self, base: list[dict]):
         "Hyper-parameters as they were, without what a scheduler has added."
@@ -809,7 +813,7 @@ class Learner(Loop, Optimizers):
         self._made_of, self._frozen = [], []
         self.n_epochs = self.epochs_done = self.epoch = 0
         self.fitting = self.epoch_complete = self.accumulating = False
-        self.skip_step = self.stepped = self.spent = False
+        self.skip_step = self.stepped = False
         vars(self).update(_PASS)
         self._listen()
         for cb in _as_list(cbs): self.add_cb(cb)
@@ -1036,8 +1040,9 @@ def load(
     content = _fitting(self, path)
     _restore(self, content)
     if "opts" in content: self._put_back(content["base"])
-    for cb in self.cbs:
-        if hasattr(cb, "forget_weights"): cb.forget_weights()     # an average of other weights
+    kept = content.get("callbacks", {})
+    for name, cb in _kept(self).items():              # an average of weights goes with its weights
+        if hasattr(cb, "weights_loaded"): cb.weights_loaded(self, kept.get(name))
     return self
 
 
@@ -1070,9 +1075,11 @@ Learner._resumable, Learner._resume = _resumable, _resume
 
 
 def _kept(learn: Learner) -> dict:
-    "Callbacks that have something to keep, by name; a second of a class is called Name_2."
+    """Callbacks that have something to keep, by class and what they watch; a second of these is
+    called Name_2."""
     kept = [cb for cb in learn.cbs if hasattr(cb, "state_dict")]
-    names = [type(cb).__name__ for cb in kept]
+    names = [type(cb).__name__ + (f"({cb.monitor})" if hasattr(cb, "monitor") else "")
+             for cb in kept]
     earlier = [names[:i].count(name) for i, name in enumerate(names)]
     return {f"{name}_{n + 1}" if n else name: cb for name, n, cb in zip(names, earlier, kept)}
 

@@ -325,8 +325,9 @@ class DataLoader:
     `indices` are the positions of the batch just given, `skipped` tells what could not be read.
     Chance in an item depends on the epoch's seed and the item's place in the epoch, not on who
     makes it; in threads, only if it is drawn from current_generator(): torch.rand, np.random and
-    random are shared there, and never repeat. Where torch.distributed runs, every process gets its
-    share of the batches."""
+    random are shared there, and never repeat. (A generator that the dataset keeps for itself is
+    copied into each process: all draw the same.) Where torch.distributed runs, every process gets
+    its share of the batches."""
     def __init__(
         self,
         ds: Dataset,              # anything with __len__ and __getitem__(i) -> item, usually (x, y)
@@ -347,7 +348,8 @@ class DataLoader:
     ):
         "Raises: ValueError for contradictions, and for what would be no batch at all."
         if shuffle + (sampler is not None) + (batch_sampler is not None) > 1:
-            raise ValueError("shuffle, sampler and batch_sampler all decide the order: give one")
+            raise ValueError("shuffle, sampler and batch_sampler all decide the order: give one "
+                             "(to a DataBlock: its sampler)")
         for given, known in ((workers, ("processes", "threads")), (on_error, ("raise", "skip")),
                              (share, ("auto", "equal", "all", None))):
             if given not in known: raise ValueError(f"{given!r} is none of {known}")

@@ -72,7 +72,8 @@ class BatchNorm(_Norm):
     """Give each channel mean 0 and variance 1 over the batch, then scale γ and shift β.
     Evaluation uses running averages. Raises: TypeError on whole numbers; ValueError on other
     channels, or if a training batch has fewer than two values per channel.
-    Same as: nn.BatchNorm1d, 2d, 3d (1e-5). Paper: Ioffe & Szegedy 2015."""
+    Same as: nn.BatchNorm1d, 2d, 3d (1e-5), but PyTorch's tools that look for these classes
+    (update_bn, convert_sync_batchnorm) pass by it. Paper: Ioffe & Szegedy 2015."""
     def __init__(
         self,
         num_features: int,       # channels c of (bs, c), (bs, c, l), (bs, c, h, w), …
@@ -102,6 +103,12 @@ class BatchNorm(_Norm):
     def reset_running_stats(self) -> None:
         "Forget what was seen."
         for name, b in self.named_buffers(): b.fill_(name == "running_var")
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        "As PyTorch: a state from before there was a count loads without it."
+        if self.num_batches_tracked is not None:
+            state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _dims(self, x): return [0, *range(2, x.ndim)]
 

@@ -63,8 +63,10 @@ def one_by_one(
         tensors = {n: t for n, t in vars(s).items() if isinstance(t, Tensor)}
         seen = SimpleNamespace(**vars(s) | {n: t.to(_wide_dtype(t)) for n, t in tensors.items()})
         yield seen
-        for n, t in tensors.items():
-            if n != "g" and getattr(seen, n) is not t: t.copy_(getattr(seen, n))
+        new = {n: getattr(seen, n) for n, t in tensors.items() if getattr(seen, n) is not t}
+        if len(new) > 1: new = {n: t.clone() for n, t in new.items()}     # one may be another's old
+        for n, t in new.items():
+            if n != "g": tensors[n].copy_(t)
 
 # %% ../nbs/09_optimizers.ipynb #89470314
 def _as_group(x: object) -> object:

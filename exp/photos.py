@@ -90,7 +90,7 @@ def to_float(
     "Bytes as floats."
     x = to_byte(x)
     if x.dtype != torch.uint8: raise TypeError(f"to_float got {x.dtype}: bytes become floats once")
-    return x/255
+    return x.float()/255
 
 # %% ../nbs/08a_photos.ipynb #b6791991
 def cut(

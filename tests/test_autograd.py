@@ -634,3 +634,10 @@ def test_the_mlp_of_lesson_02_gets_the_same_gradients():
     loss = -log_probs[torch.arange(16), y].mean(); loss.backward()
     test_like(loss.data, expected, rtol=1e-12)
     for leaf, p in zip(leaves, params): test_like(leaf.grad, p.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_lists_are_data_and_never_hide_a_tape():
+    assert torch.equal(Tensor([np.ones(2), np.zeros(2)]).data, torch.tensor([[1., 1.], [0., 0.]], dtype=torch.float64))
+    assert torch.equal(Tensor([[1, 2], [3, 4]]).data, torch.tensor([[1, 2], [3, 4]]))
+    a = Tensor(2., True)
+    with pytest.raises(TypeError): Tensor([a*2, a*3])

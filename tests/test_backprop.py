@@ -443,3 +443,18 @@ def test_a_gradient_of_the_wrong_shape_is_refused_and_nothing_is_lost():
     with pytest.raises(ValueError, match=r"\(2,\), the output had \(4, 2\)"): layer.backward(rand(2))
     layer.backward(rand(4, 2))
     assert layer.weight.grad.shape == (2, 3)
+
+
+def test_gradients_that_lie_about_are_not_added():
+    x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    def engine(params, xb, yb):
+        with torch.enable_grad(): loss = F.cross_entropy(F.linear(xb, *params), yb)
+        loss.backward()
+        return loss.detach(), [p.grad for p in params]
+    ends = []
+    for look in (False, True):
+        torch.manual_seed(0); params = [torch.randn(2, 3, requires_grad=True), torch.zeros(2, requires_grad=True)]
+        if look: engine(params, x, y)
+        with torch.no_grad(): train_mlp(engine, params, x, y, epochs=1, bs=4)
+        ends.append([p.detach() for p in params])
+    for p, q in zip(*ends, strict=True): assert torch.equal(p, q)

@@ -361,10 +361,11 @@ def test_write_and_read(tmp_path):
 
 
 def test_a_second_callback_of_a_class_has_its_own_name(tmp_path):
-    def cbs(): return [EarlyStopping("valid_loss", 9), EarlyStopping("accuracy", 7), SaveCheckpoint(tmp_path)]
+    def cbs(): return [EarlyStopping("valid_loss", 9), EarlyStopping("valid_loss", 7), EarlyStopping("accuracy", 7), SaveCheckpoint(tmp_path)]
     make(cbs(), metrics=[accuracy]).fit(1)
     states = read_checkpoint(tmp_path/"last.pt")["callbacks"]
-    assert set(states) == {"EarlyStopping", "EarlyStopping_2", "SaveCheckpoint"} and states["EarlyStopping"]["best"] != states["EarlyStopping_2"]["best"]
+    watched = ["EarlyStopping(valid_loss)", "EarlyStopping(valid_loss)_2", "EarlyStopping(accuracy)"]
+    assert set(states) == {*watched, "SaveCheckpoint(valid_loss)"} and states[watched[0]]["best"] != states[watched[2]]["best"]
     make(cbs(), metrics=[accuracy]).fit(2, resume=tmp_path/"last.pt")
 
 
@@ -454,12 +455,27 @@ def test_a_resume_knows_the_older_generators(tmp_path):
     assert equal(calm, run("cut", 2, resume=tmp_path/"cut"/"last.pt"))
 
 
-def test_two_of_them_in_another_order_are_refused(tmp_path):
+def test_two_of_them_may_come_back_in_another_order(tmp_path):
     def both(*monitors): return [SaveCheckpoint(tmp_path/monitor, monitor) for monitor in monitors]
     make(both("valid_loss", "accuracy"), metrics=accuracy).fit(1)
-    last = tmp_path/"accuracy"/"last.pt"
-    with pytest.raises(ValueError, match="in the same order"): make(both("accuracy", "valid_loss"), metrics=accuracy).fit(2, resume=last)
-    make(both("valid_loss", "accuracy"), metrics=accuracy).fit(2, resume=last)
+    learn = make(both("accuracy", "valid_loss"), metrics=accuracy); learn.fit(2, resume=tmp_path/"accuracy"/"last.pt")
+    for cb in learn.cbs:
+        if isinstance(cb, SaveCheckpoint): assert cb.kept[0][0] in [row[cb.monitor] for row in learn.history]
+
+
+def test_a_refused_resume_changes_nothing(tmp_path):
+    def cbs(monitor): return [EarlyStopping(restore_best=True), Recorder(), SaveCheckpoint(tmp_path/monitor, monitor)]
+    make(cbs("valid_loss"), metrics=accuracy).fit(2)
+    learn = make(cbs("accuracy"), net=model(5), metrics=accuracy); before = weights(learn)
+    with pytest.raises(ValueError, match=r"SaveCheckpoint\(valid_loss\)"): learn.fit(3, resume=tmp_path/"valid_loss"/"last.pt")
+    assert equal(before, weights(learn)) and not learn.cb(Recorder).losses
+
+
+def test_an_average_is_loaded_with_its_weights(tmp_path):
+    learn = make(EMA(.9)); learn.fit(2); learn.save(tmp_path/"a.pt"); found = learn.validate()
+    assert make(EMA(.9), net=model(5)).load(tmp_path/"a.pt").validate() == found
+    learn.save(tmp_path/"b.pt", optimizer=False); other = make(EMA(.9), net=model(5)); other.fit(1)
+    assert other.load(tmp_path/"b.pt").validate() == make(net=learn.model).validate() != found
 
 
 def test_our_optimizer_and_pytorchs_hand_each_other_a_training(tmp_path):

@@ -425,6 +425,33 @@ def test_stats_choose_layers():
         assert stats.names == names
 
 
+def test_a_function_of_the_layers_is_asked_once_a_fit():
+    asked = []
+    class Thaw(Callback):
+        def before_epoch(self, learn): learn.model[1][0].weight.requires_grad_(learn.epoch == 1)
+    def that_learn(model):
+        asked.append(model)
+        return (layer for layer in model.modules() if getattr(getattr(layer, "weight", None), "requires_grad", False))
+    model, stats = simple_cnn((4, 8)), ActivationStats(that_learn)
+    train(model, [stats, Thaw()], epochs=2)
+    first, all_of_them = ActivationStats(that_learn), [m for m in model.modules() if getattr(m, "weight", None) is not None]
+    assert len(asked) == 1 and len(stats.names) == len(all_of_them) - 1 and stats.means.isfinite().all()
+    train(model, [first])
+    assert len(asked) == 2
+
+
+def test_summary_knows_the_layers_of_a_transformer_with_padding():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.body = nn.TransformerEncoder(layer, 2)
+        def forward(self, x, mask): return self.body(x, src_key_padding_mask=mask)
+    mask, before = torch.tensor([[False]*4, [False, False, True, True]]), torch.backends.mha.get_fastpath_enabled()
+    rows = summary(Net(), (torch.randn(2, 4, 8), mask)).rows
+    assert any("linear1" in row["layer"] for row in rows) and torch.backends.mha.get_fastpath_enabled() == before
+
+
 def test_stats_say_what_is_wrong():
     class Dicts(nn.Linear):
         def forward(self, x): return {}

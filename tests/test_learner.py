@@ -1082,11 +1082,47 @@ def test_what_is_set_on_a_learner_later_counts():
     learn = make(lr=.1); learn.lr = .2; assert rates(learn) == [.2]
     learn.fit(1); learn.lr = .5; learn.fit(1); assert rates(learn) == [.5] and learn.lr == .5
     learn.opt_func = torch.optim.AdamW
-    with pytest.warns(UserWarning, match="opt_func .* exchanged: .* at the rates there were"): learn.fit(1)
+    with pytest.warns(UserWarning, match="opt_func .* exchanged: .* at lr 0.5"): learn.fit(1)
     assert type(learn.opt) is torch.optim.AdamW and rates(learn) == [.5]
     learn.splitter = split
     with pytest.warns(UserWarning, match="splitter were exchanged"): learn.freeze_to(-1)
     assert [p.requires_grad for p in learn.model.parameters()] == [False, False, True, True]
+
+
+def test_a_rate_that_nobody_chose_does_not_outlive_its_optimizer():
+    for chosen, rate in ((None, .001), (.01, .01)):
+        learn = make(lr=None); learn.fit(1, lr=chosen); learn.opt_func = torch.optim.Adam
+        with pytest.warns(UserWarning, match=f"at lr {rate}"): learn.fit(1)
+        assert rates(learn) == [rate]
+    learn = make(lr=None); learn.fit(1, lr=.01); learn.splitter = split
+    with pytest.warns(UserWarning, match="at lr 0.01, 0.01"): learn.fit(1)
+
+
+@pytest.mark.parametrize("way", ["learn.step", "opt.step"])
+def test_a_step_of_ones_own_is_the_only_one(way):
+    class Usual(L.Learner):
+        def train_batch(self):
+            self.zero_grad(); self.backward(self.get_loss(self.forward(self.xb), self.yb))
+            if way == "opt.step": self.opt.step()
+            else: self.step()
+    learn = Usual(model(), L.DataLoaders(batches()), cross_entropy, torch.optim.SGD, .1, quiet=True, device="cpu")
+    learn.fit(2)
+    net = model(); opt = torch.optim.SGD(net.parameters(), .1)
+    for x, y in 2*batches(): opt.zero_grad(); cross_entropy(net(x), y).backward(); opt.step()
+    assert equal(weights(learn), [*net.parameters()])
+
+
+def test_a_loader_that_fails_does_not_blame_the_batch_before():
+    def some():
+        yield from batches()[:2]
+        raise OSError("a bad disk")
+    class Dl:
+        def __iter__(self): return some()
+    learn = make(dls=L.DataLoaders(Dl()))
+    with pytest.raises(OSError) as caught: learn.fit(1)
+    assert "training after batch 1" in notes(caught.value) and "xb" not in notes(caught.value) and learn.xb is None
+    with pytest.raises(TypeError, match="gave int") as caught: make(dls=L.DataLoaders([*batches()[:1], 3])).fit(1)
+    assert "training after batch 0" in notes(caught.value)
 
 
 def test_of_troubles_the_worst_goes_on():

@@ -251,11 +251,13 @@ def test_tracking_switched_off_later():
     close(*(layer.eval()(x) for layer in layers), rtol=1e-5, atol=1e-5)
 
 
-def test_a_state_without_the_count_of_batches_is_damaged():
-    layer = BatchNorm(3)
-    for name in ("num_batches_tracked", "running_mean"):
-        state = {k: v for k, v in layer.state_dict().items() if k != name}
-        with pytest.raises(RuntimeError, match=name): layer.load_state_dict(state)
+def test_a_state_from_before_there_was_a_count_loads_and_a_damaged_one_does_not():
+    old = nn.Sequential(nn.BatchNorm1d(3)); old(torch.randn(8, 3))
+    for net in (nn.Sequential(BatchNorm(3)), nn.Sequential(nn.BatchNorm1d(3))):
+        net.load_state_dict({k: v for k, v in old.state_dict().items() if not k.endswith("tracked")})
+        assert torch.equal(net[0].running_mean, old[0].running_mean) and net[0].num_batches_tracked == 0
+        with pytest.raises(RuntimeError, match="running_mean"):
+            net.load_state_dict({k: v for k, v in old.state_dict().items() if not k.endswith("mean")})
 
 
 @pytest.mark.parametrize("cls", FOUR)

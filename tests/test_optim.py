@@ -270,6 +270,20 @@ def test_a_rule_may_assign_instead_of_writing_in_place(small_blocks):
         assert p.detach().tolist() == [-1.5]*100 and opt.state[p]["sum_of_g"].tolist() == [2.]*100
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_rule_keeps_of_the_old_is_the_old(dtype):
+    @keeps("before")
+    def heavy_ball(s, h):
+        was = s.before if "before" not in s.fresh else s.p
+        s.before, s.p = s.p, s.p - h.lr*s.g + h.mu*(s.p - was)
+    p = torch.tensor([1.], dtype=dtype, requires_grad=True)
+    opt, w, old = Optimizer([p], [], [heavy_ball], lr=.25, mu=.5), 1., 1.
+    for _ in range(3):
+        p.grad = p.detach().clone(); opt.step()
+        w, old = w - .25*w + .5*(w - old), w
+    assert p.item() == w and opt.state[p]["before"].item() == old
+
+
 # --- handing out -------------------------------------------------------------------------------------------------------------
 
 def test_slices_are_views_in_the_order_of_memory(monkeypatch):

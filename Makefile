@@ -35,7 +35,7 @@ lesson: $(READY)     ## run one lesson in a fresh kernel: make lesson L=05 (or L
 test: $(READY)       ## everything CI checks, offline, on small data
 	$(BIN)/ruff check --quiet .
 	$(OFFLINE) $(BIN)/nbdev_test --n_workers 2
-	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 tests
+	$(OFFLINE) $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 matrix: $(READY)     ## the tests on other instructions, threads and (MATRIX_TORCH=its environment) PyTorch
 	$(BIN)/python tools/matrix.py "$(MATRIX_TORCH)"

@@ -263,35 +263,47 @@ def test_public_names_are_documented_and_annotated(module):
 CALLS = {p.stem.replace("exercises_", "exercises."): tomllib.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"tests/calls").glob("*.toml"))}
 
 FORK = """
-import os, sys, json, traceback
-import torch
-import matplotlib.pyplot, torch._dynamo   # the second is what an optimizer imports when it is made
+import json, os, sys, traceback
+import matplotlib.pyplot, torch, torch._dynamo   # the last is what an optimizer imports when it is made
 torch.set_num_threads(1)
-module, calls = json.loads(sys.stdin.read())
-for name, code in calls.items():
-    sys.stdout.flush()
-    pid = os.fork()                       # a fresh process a name, without paying for these imports each time
-    if pid == 0:
-        try:
-            space = {"torch": torch}
-            exec(f"from exp.{module} import {name}", space)
-            exec(code, space)
-            os._exit(0)
-        except BaseException:
-            print(f"--- exp.{module}.{name}: {code}"); traceback.print_exc(file=sys.stdout); sys.stdout.flush()
-            os._exit(1)
-    if os.waitpid(pid, 0)[1]: failed = True
-sys.exit(1 if "failed" in globals() else 0)
+for line in sys.stdin:
+    module, calls, folder = json.loads(line)
+    failed = False
+    for name, code in calls.items():
+        pid = os.fork()                   # a fresh process a name, without paying for these imports each time
+        if pid == 0:
+            os.chdir(folder)
+            said = os.open("../said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(said, 1); os.dup2(said, 2)
+            try:
+                space = {"torch": torch}
+                exec(f"from exp.{module} import {name}", space)
+                exec(code, space)
+                os._exit(0)
+            except BaseException:
+                print(f"--- exp.{module}.{name}: {code}"); traceback.print_exc(file=sys.stdout); sys.stdout.flush()
+                os._exit(1)
+        failed |= os.waitpid(pid, 0)[1] != 0
+    print("failed" if failed else "passed", flush=True)
 """
 
 
+@pytest.fixture(scope="module")
+def forker():
+    "A process that has imported what is not ours, and forks one for each public name."
+    with subprocess.Popen([sys.executable, "-c", FORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.mark.parametrize("module", [*MODULES, *EXERCISES])
-def test_every_public_name_works_in_a_fresh_process(module, tmp_path):
+def test_every_public_name_works_in_a_fresh_process(module, tmp_path, forker):
     calls = CALLS.get(module, {})
     names = public(module)
     assert set(calls) == set(names), f"tests/calls/{module.replace('.', '_')}.toml needs one line for each of {sorted(set(names) ^ set(calls))}"
-    done = subprocess.run([sys.executable, "-c", FORK], input=json.dumps([module, calls]), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path/"here"; folder.mkdir()
+    forker.stdin.write(json.dumps([module, calls, str(folder)]) + "\n"); forker.stdin.flush()
+    assert forker.stdout.readline() == "passed\n", (tmp_path/"said").read_text()
 
 
 # --- exercises -----------------------------------------------------------------------------------------------------------------

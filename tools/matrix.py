@@ -18,7 +18,7 @@ def command(python: str | Path, what: list[str], threads: int = 1, capability: s
     env |= dict(EXP_OFFLINE="1", EXP_SCALE="tiny", EXP_THREADS=str(threads), OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads),
                 OMP_WAIT_POLICY="PASSIVE", JUPYTER_PLATFORM_DIRS="1", PYTHONPATH=os.pathsep.join([str(ROOT/"tests/offline"), str(ROOT)]))
     if capability: env["ATEN_CPU_CAPABILITY"] = capability
-    return [str(python), "-m", "pytest", "-q", "-n", "2", *what], env
+    return [str(python), "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *what], env
 
 
 def runs(other: str) -> list[tuple[str, tuple[list[str], dict] | None]]:

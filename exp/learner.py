@@ -704,7 +704,8 @@ def _rates(lr, shares: list[float]) -> list[float]:
     if isinstance(lr, Sequence | np.ndarray): rates = [float(rate) for rate in lr]
     elif shares[-1]: rates = [float(lr)*share/shares[-1] for share in shares]
     else: raise ValueError("the last rate is 0, so the others have no ratio to it: give lr a list")
-    if len(rates) != len(shares): raise ValueError(f"{len(rates)} rates for {len(shares)} groups")
+    if len(rates) != len(shares):
+        raise ValueError(f"lr has {len(rates)} rates for {len(shares)} groups: give one each")
     if not all(0 <= rate < float("inf") for rate in rates):
         raise ValueError(f"lr is {lr}: give finite rates of 0 or more")
     return rates
@@ -799,7 +800,9 @@ class Learner(Loop, Optimizers):
         quiet: bool = False,  # show nothing?
         device: torch.device | str | None = None,  # where to train; None: the best one here
     ):
-        "Raises: TypeError for a class where an object is wanted, or what is no callback."
+        "Raises: TypeError for a class where an object is wanted, or what is no module or callback."
+        if not isinstance(model, nn.Module): raise TypeError(
+            f"model is {describe(model)}: give an nn.Module (several go into one nn.ModuleDict)")
         if isinstance(loss_func, type): raise TypeError(f"pass {loss_func.__name__}() as loss_func")
         if dls is None or isinstance(dls, tuple): dls = DataLoaders(*dls or [None])
         self.model, self.dls, self.loss_func, self.opt_func = model, dls, loss_func, opt_func
@@ -828,7 +831,8 @@ class Learner(Loop, Optimizers):
     def add_cb(self, cb: Callback) -> "Learner":
         "Let a callback listen from now on. Raises: TypeError on what is none, ValueError twice."
         _check_callback(cb)
-        if any(cb is other for other in self.cbs): raise ValueError(f"{cb} listens already")
+        if any(cb is other for other in self.cbs):
+            raise ValueError(f"this {type(cb).__name__} listens already: give it once")
         self.cbs.append(cb)
         self._listen()
         return self
@@ -836,7 +840,8 @@ class Learner(Loop, Optimizers):
     def remove_cb(self, cb: Callback) -> "Learner":
         "Stop listening. Raises: ValueError if it does not listen."
         kept = [other for other in self.cbs if other is not cb]
-        if len(kept) == len(self.cbs): raise ValueError(f"this {type(cb).__name__} listens not")
+        if len(kept) == len(self.cbs):
+            raise ValueError(f"{type(cb).__name__} is not among this learner's callbacks")
         self.cbs = kept
         self._listen()
         return self
@@ -875,11 +880,12 @@ class Learner(Loop, Optimizers):
     ) -> None:
         "Train. An error says in a note where it happened. Raises: ValueError, RuntimeError."
         if self.fitting or self.depth: raise RuntimeError("fit was called inside a fit or a pass")
+        if (n := index(n)) < 0: raise ValueError(f"n is {n}: give a number of epochs, 0 or more")
         with self._session(cbs):
             content = None if resume is None else self._resumable(resume)    # by lesson 05b
             if lr is not None: self.set_lr(lr)
             self.base = [hypers(group) for group in self.groups]
-            self.n_epochs, self.epochs_done, self.epoch, self.history = index(n), 0, 0, []
+            self.n_epochs, self.epochs_done, self.epoch, self.history = n, 0, 0, []
             self.fitting = True
             def body():
                 if content is not None: self._resume(content, lr)
@@ -897,6 +903,7 @@ class Learner(Loop, Optimizers):
         "Measure. Nothing is recorded, and no random number is used up. Raises: ValueError."
         row, dl = {}, self._loader(dl)
         with self._session(), same_randomness(dl): self._pass("validate", dl, row)
+        if not row: raise ValueError("nothing to measure: every batch was cancelled or empty")
         return row
 
     def predict(

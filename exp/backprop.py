@@ -34,8 +34,9 @@ def finite_difference_grad(
     h: float = 1e-5,                   # the step each way, near the cube root of eps; ·|x| above 1
 ) -> Tensor:                           # estimate of dfunc/dx, the shape of x
     """Estimate a gradient by central differences; slow and independent, so fit to judge others.
-    Raises: ValueError unless x is float64."""
-    if x.dtype != torch.float64: raise ValueError(f"x is {x.dtype}: pass x.double()")
+    Raises: ValueError unless x is float64 and contiguous."""
+    if x.dtype != torch.float64 or not x.is_contiguous():
+        raise ValueError(f"x is {x.dtype} with strides {x.stride()}: pass x.double().contiguous()")
     flat, slopes = x.view(-1), []
     for i, value in enumerate(flat.tolist()):
         try:

@@ -215,7 +215,9 @@ class GradientAccumulation(Callback):
     """Step once for `n_batches` batches, and at a pass's end, with the mean gradient of all items.
     Under torch.distributed the items of all processes count."""
     order = -20
-    def __init__(self, n_batches: int): self.n_batches = n_batches     # batches per step
+    def __init__(self, n_batches: int):    # batches per step, 1 or more
+        if n_batches < 1: raise ValueError(f"n_batches is {n_batches}: give at least 1")
+        self.n_batches = n_batches
 
     def before_fit(self, learn: Learner):
         _only_one(learn, GradientAccumulation)

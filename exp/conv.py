@@ -77,8 +77,9 @@ def conv2d(
     """
     if x.ndim == 3: return conv2d(x[None], weight, bias, stride, padding, dilation, groups)[0]
     nf, per_group, *size = weight.shape
-    if x.shape[1] != per_group*groups or nf % groups: raise ValueError(
-        f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}, groups {groups}: they do not fit")
+    if x.shape[1] != per_group*groups or nf % groups:
+        raise ValueError(f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}, groups {groups}: "
+                         "x needs weight.shape[1]·groups channels, and groups must divide nf")
     x, k = F.pad(x, _margins(padding, size, stride, dilation)), math.prod(weight.shape[1:])
     oh, ow = windows(x, size, stride, dilation).shape[2:4]
     cols = unfold(x, size, dilation, stride=stride).reshape(len(x), groups, k, oh*ow)

@@ -66,17 +66,20 @@ def gaussian_mean(
     return (func(mean + std*t) * density).sum().item() / 2000
 
 # %% ../nbs/03_init.ipynb #1a369d2f
-_GAINS = {"linear": 1., "sigmoid": 1., "tanh": 5/3, "relu": math.sqrt(2.), "selu": 3/4}
+_CONVS = [f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)]
+_GAINS = dict.fromkeys(["linear", "sigmoid", *_CONVS], 1.)
+_GAINS |= {"tanh": 5/3, "relu": math.sqrt(2.), "selu": 3/4}
 
 
 def calculate_gain(
     nonlinearity: str,            # 'linear', 'sigmoid', 'tanh', 'relu', 'selu' or 'leaky_relu'
-    param: float = .01,           # negative slope of 'leaky_relu'; others ignore it
+    param: float | None = None,   # negative slope of 'leaky_relu' (None: 0.01); others ignore it
 ) -> float:                       # the factor on the weights' std
     """Look up by how much weights must be larger to make up for what a nonlinearity takes.
     Raises: ValueError for an unknown nonlinearity. Same as: nn.init.calculate_gain (exactly).
     """
-    if nonlinearity == "leaky_relu": return math.sqrt(2. / (1 + param**2))
+    slope = .01 if param is None else param
+    if nonlinearity == "leaky_relu": return math.sqrt(2. / (1 + slope**2))
     if nonlinearity not in _GAINS:
         raise ValueError(f"nonlinearity {nonlinearity!r} is none of {[*_GAINS, 'leaky_relu']}")
     return _GAINS[nonlinearity]
@@ -84,6 +87,7 @@ def calculate_gain(
 # %% ../nbs/03_init.ipynb #e9700d44
 def _kaiming_std(w: Tensor, a: float, mode: str, nonlinearity: str) -> float:
     fans = dict(zip(("fan_in", "fan_out"), fan_in_and_fan_out(w)))
+    if str(mode).lower() not in fans: raise ValueError(f"mode {mode!r} is none of {[*fans]}")
     return calculate_gain(nonlinearity, a) / math.sqrt(fans[mode.lower()])
 
 
@@ -94,7 +98,7 @@ def kaiming_normal_(
     nonlinearity: str = "leaky_relu",           # what follows the layer, as in `calculate_gain`
     generator: torch.Generator | None = None,   # source of the numbers; None: PyTorch's global one
 ) -> Tensor:                                    # w
-    """Fill with N(0, std²), std = gain/√fan. Raises: KeyError for an unknown mode.
+    """Fill with N(0, std²), std = gain/√fan. Raises: ValueError for an unknown mode.
     Paper: He et al. 2015, eq. 10, 14 and 15. Same as: nn.init.kaiming_normal_ (exactly).
     """
     return _noise_(w, _kaiming_std(w, a, mode, nonlinearity), False, generator)
@@ -107,7 +111,7 @@ def kaiming_uniform_(
     nonlinearity: str = "leaky_relu",           # what follows the layer, as in `calculate_gain`
     generator: torch.Generator | None = None,   # source of the numbers; None: PyTorch's global one
 ) -> Tensor:                                    # w
-    """Fill uniformly, with the std of `kaiming_normal_`. Raises: KeyError for an unknown mode.
+    """Fill uniformly, with the std of `kaiming_normal_`. Raises: ValueError for an unknown mode.
     Paper: He et al. 2015. Same as: nn.init.kaiming_uniform_ (exactly).
     """
     return _noise_(w, _kaiming_std(w, a, mode, nonlinearity), True, generator)

@@ -60,6 +60,7 @@ def open_rgb(
 def _upright(im: Image.Image) -> Image.Image:
     "Turned as the photo's note says; a note that is damaged says nothing."
     try: return ImageOps.exif_transpose(im)
+    except MemoryError: raise
     except Exception: return im
 
 
@@ -90,7 +91,7 @@ def to_float(
     "Bytes as floats."
     x = to_byte(x)
     if x.dtype != torch.uint8: raise TypeError(f"to_float got {x.dtype}: bytes become floats once")
-    return x.float()/255
+    return x.float().div_(255)
 
 # %% ../nbs/08a_photos.ipynb #b6791991
 def cut(
@@ -143,6 +144,8 @@ class RandomResizedCrop(Resize):
     ):
         super().__init__(size)
         self.scale, self.ratio = scale, ratio
+        if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
+            raise ValueError(f"scale is {scale}, ratio {ratio}: give 0 < low ≤ high")
 
     def box(
         self,
@@ -216,6 +219,7 @@ class PhotoCache:
         folder: str | os.PathLike | None = None,  # for the file; None: where `fetch` keeps sets
     ):
         if isinstance(files, (str, os.PathLike)): files = image_files(files)
+        if size < 1: raise ValueError(f"size is {size}: give at least 1")
         self.files, self.size = [os.path.abspath(f) for f in files], size
         folder = cache_folder()/"decoded" if folder is None else Path(folder)
         name = "\n".join([_DECODER, str(size), *self.files]).encode(errors="surrogateescape")

@@ -769,3 +769,7 @@ def test_a_nan_gradient_and_a_mask_of_infinity_are_thought_of():
     dls = L.DataLoaders([((x, torch.full((8, 1), -float("inf"))), y)])
     with pytest.raises(FloatingPointError, match="weights lin.bias are not finite"): make(C.TerminateOnNaN(), dls, Spoilt()).fit(1)
     with pytest.raises(FloatingPointError, match="xb holds NaN or infinity in row 0"): make(C.TerminateOnNaN(), dls, Masked()).fit(1)
+
+
+def test_no_batch_is_no_window():
+    with pytest.raises(ValueError, match="n_batches is 0"): C.GradientAccumulation(0)

@@ -14,7 +14,8 @@ from exp.testing import test_like
 
 FILLERS = [xavier_normal_, xavier_uniform_, kaiming_normal_, kaiming_uniform_, orthogonal_]
 shapes = st.lists(st.integers(1, 7), min_size=2, max_size=5).map(tuple)
-NONLINEARITIES = ["linear", "sigmoid", "tanh", "relu", "leaky_relu", "selu"]
+NONLINEARITIES = ["linear", "sigmoid", "tanh", "relu", "leaky_relu", "selu", "conv1d", "conv2d", "conv3d",
+                  "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
 
 def both(filler, shape, seed, dtype=torch.float32, **options):
@@ -311,7 +312,8 @@ def test_impossible_gain(filler, gain):
 @pytest.mark.parametrize("filler", [kaiming_normal_, kaiming_uniform_])
 def test_kaiming_refuses(filler):
     w = torch.empty(3, 4)
-    with pytest.raises(KeyError, match="fan_avg"): filler(w, mode="fan_avg")
+    with pytest.raises(ValueError, match="fan_avg.*fan_in.*fan_out"): filler(w, mode="fan_avg")
+    with pytest.raises(ValueError, match="mode None"): filler(w, mode=None)
     with pytest.raises(ValueError, match="gelu.*leaky_relu"): filler(w, nonlinearity="gelu")
     with pytest.raises(TypeError): filler(w, a="0.1")
 

@@ -313,7 +313,7 @@ def hears(cb: Callback, event: str) -> bool:    # one of EVENTS
 # %% ../nbs/05_callbacks.ipynb #0b3dc130
 _PASS = dict(depth=0, mode=None, dl=None, batch=None, n_batches=None, xb=None, yb=None, pred=None,
              loss=None, loss_for_grad=None, indices=None, scratch=None, meters=(), unfinished=False,
-             _weight=None)
+             batch_loss_func=None, _weight=None)
 _NOTHING = nullcontext()
 
 
@@ -417,8 +417,10 @@ class BatchStep(Announcer):
         return self.pred
 
     def get_loss(self, pred: Any, yb: Any) -> Tensor:
-        "Compute the loss; callbacks hear after_loss. Raises: TypeError unless it is one number."
-        with self.around("around_forward"): loss = self.loss_func(pred, yb)
+        """Compute the loss, by `batch_loss_func` where a callback has set one for this batch;
+        callbacks hear after_loss. Raises: TypeError unless it is one number."""
+        func = self.loss_func if self.batch_loss_func is None else self.batch_loss_func
+        with self.around("around_forward"): loss = func(pred, yb)
         return self._set_loss(loss)
 
     def _set_loss(self, loss) -> Tensor:
@@ -498,7 +500,7 @@ class Loop(BatchStep):
     def _pass(self, mode: str, dl: Iterable, row: dict, out: list | None = None):
         "Walk over a loader; averages go into `row`. Who called finds everything as it was."
         outer = left = {k: getattr(self, k) for k in _PASS}
-        modes = [(module, module.training) for module in self.model.modules()]
+        modes = [(m, m.training) for root in self._roots() for m in root.modules()]
         vars(self).update(_PASS, mode=mode, dl=dl, n_batches=_length(dl), scratch={},
                           depth=outer["depth"] + 1, meters=self._meters(mode))
         try:
@@ -523,12 +525,18 @@ class Loop(BatchStep):
         for meter in meters: meter.in_use = True         # none, where a reset failed
         return meters
 
+    def _roots(self) -> list[nn.Module]:
+        "The model, and the loss if it is a module: it may hold weights, or have two modes, too."
+        return [root for root in (self.model, self.loss_func) if isinstance(root, nn.Module)]
+
     def _prepare_model(self):
         "On its device; all in eval mode, or in training each layer in its own."
-        self.model.to(self.device)
-        if not self.training: self.model.eval()
-        elif self.exchanged: raise RuntimeError("exchange parameters between two fits, not in one")
-        elif not self.model.training: self.model.train()
+        for root in self._roots():
+            root.to(self.device)
+            if not self.training: root.eval()
+            elif not root.training: root.train()
+        if self.training and self.exchanged:
+            raise RuntimeError("exchange parameters between two fits, not in one")
 
     def _average(self, row: dict):
         "Losses and metrics of this pass, over all processes, into the row."
@@ -566,7 +574,7 @@ class Loop(BatchStep):
         self.xb, self.yb = to_device(item, self.device)
         transform = getattr(self.dl, "batch_tfms", None)
         if transform: self.xb, self.yb = transform((self.xb, self.yb), torch.default_generator)
-        self.weight, self.unfinished = None, False
+        self.weight, self.unfinished, self.batch_loss_func = None, False, None
         if self.training: self.stepped = False
 
     def _one_batch(self):

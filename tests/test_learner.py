@@ -1,5 +1,6 @@
 "exp.learner: agreement with a loop by hand, the written table of events, passes inside passes, groups, and every accident."
 import collections
+import contextlib
 import copy
 import pickle
 import random
@@ -492,6 +493,42 @@ def test_every_layer_gets_its_mode_back():
     net = net_with_chance().eval(); modes = []
     make([At("after_pred", lambda learn: modes.append([m.training for m in net.modules()]))], net=net).fit(1)
     assert all(modes[0]) and not any(m.training for m in net.modules()), "a root in eval mode: all train, and all get it back"
+
+
+def test_a_batch_may_have_a_loss_of_its_own():
+    "Set by a callback, it holds for that batch: not for the next, nor for a validation in its midst, a copy, or a subclass's additions."
+    twice, kept = lambda pred, yb: 2*cross_entropy(pred, yb), []
+    class Plus(L.Learner):
+        def get_loss(self, pred, yb): return self._set_loss(super().get_loss(pred, yb) + 1)
+    def choose(learn): learn.batch_loss_func = twice
+    def look(learn): kept.append((learn.validate()["valid_loss"], copy.deepcopy(learn)))
+    calm, learn = make(), make([At("before_batch", choose), At("after_pred", look)])
+    first = calm.validate()["valid_loss"]
+    losses = []
+    for one in (calm, learn): one.add_cb(At("after_loss", lambda learn: losses.append(learn.loss.item()))); one.fit(1)
+    assert losses[1] == pytest.approx(2*losses[0]) and learn.batch_loss_func is None
+    value, other = kept[0]
+    assert value == first and other.validate()["valid_loss"] == first
+    plus = Plus(model(), L.DataLoaders(batches(16)), cross_entropy, cbs=At("before_batch", choose), quiet=True, device="cpu")
+    plus.fit(1)
+    assert plus.history[0]["train_loss"] == pytest.approx(2*losses[0] + 1)
+
+
+def test_a_loss_that_is_a_module_follows_the_pass():
+    "It trains and validates with the model, wherever it has to be; its layers keep their modes, and get them back."
+    class Loss(nn.Module):
+        def __init__(self): super().__init__(); self.net, self.modes = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval()), []
+        def forward(self, pred, yb): self.modes.append([m.training for m in self.modules()]); return cross_entropy(pred, yb)
+    loss, net = Loss(), model()
+    learn = make(net=net, loss_func=loss, dls=L.DataLoaders(batches(16), batches(16)))
+    learn.fit(1)
+    assert loss.modes == [[True, True, True, False], [False]*4] and loss.training and not loss.net[1].training
+    learn.device = torch.device("meta")
+    with contextlib.suppress(Exception): learn.validate()
+    assert next(loss.parameters()).device.type == "meta" and loss.training
+    calm, wrapped = model(), model()
+    make(net=calm).fit(1); make(net=wrapped, loss_func=nn.CrossEntropyLoss(torch.ones(2))).fit(1)
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(calm.parameters(), wrapped.parameters()))
 
 
 @pytest.mark.parametrize("metric", [L.Mean(accuracy), Count()], ids=["mean", "count"])

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,9 @@ from torch import nn
 BENCHES = []
 
 
-def bench(name: str, aim: str, **env: str):
-    "Register a benchmark: a function that makes (ours, theirs), two callables to be timed against each other, under these environment variables."
-    def register(make): BENCHES.append((name, aim, make, env)); return make
+def bench(name: str, aim: str, needs: str = "", **env: str):
+    "Register a benchmark: a function that makes (ours, theirs), two callables to be timed against each other, under these environment variables; `needs` is a peer's package."
+    def register(make): BENCHES.append((name, aim, make, needs, env)); return make
     return register
 
 
@@ -45,8 +46,9 @@ def main():
     wanted = [w.lower() for w in sys.argv[1:]]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; median [lowest, highest] of interleaved pairs\n")
     print("| work | ratio | aim |\n|---|---|---|")
-    for i, (name, aim, _, env) in enumerate(BENCHES):
+    for i, (name, aim, _, needs, env) in enumerate(BENCHES):
         if wanted and not any(w in name.lower() for w in wanted): continue
+        if needs and find_spec(needs) is None: print(f"| {name} | {needs} is not installed | {aim} |"); continue
         run = subprocess.run([sys.executable, __file__, "--one", str(i)], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **env})
         middle, low, high = json.loads(run.stdout.splitlines()[-1])
         print(f"| {name} | {middle:.2f}× [{low:.2f}, {high:.2f}] | {aim} |", flush=True)
@@ -241,6 +243,99 @@ def finding():
     def ours():
         for _ in range(5): get_files(path, IMAGES)
     return ours, walk
+
+
+def augmentation(against):
+    "Our Augment on a batch, against kornia's transforms in one of its two arrangements."
+    import warnings
+    warnings.simplefilter("ignore")
+    from kornia import augmentation as K
+    from exp.augment import Augment, Brightness, Contrast, Flip, Rotate, Saturation, Warp, Zoom
+    x, chance = torch.rand(64, 3, 128, 128), torch.Generator().manual_seed(0)
+    aug = Augment(Flip(), Rotate(10), Zoom(1, 1.2), Warp(.2), Brightness(.2), Contrast(.2), Saturation(.2))
+    theirs = getattr(K, against, nn.Sequential)(K.RandomHorizontalFlip(.5), K.RandomAffine(10., scale=(1., 1.2), p=1.), K.RandomPerspective(.2, p=1.),
+                                                K.ColorJiggle(.2, .2, .2, 0., p=1.))
+    return lambda: aug(x, chance), lambda: theirs(x)
+
+
+@bench("Augment: flip, rotate, zoom, warp and light, 64×3×128², against kornia in nn.Sequential", "≤0.7×", needs="kornia")
+def augmentation_sequence(): return augmentation("Sequential")
+
+
+@bench("the same against kornia's AugmentationSequential", "≤0.7×", needs="kornia")
+def augmentation_sequential(): return augmentation("AugmentationSequential")
+
+
+@bench("MixUp's blend of 64×3×128² photos against λ·x + (1 - λ)·x[partner]", "≤1.0×")
+def blending():
+    from exp.mixup import blend
+    x, partner = torch.randn(64, 3, 128, 128), torch.randperm(64)
+    return lambda: blend(x, partner, .3), lambda: .3*x + .7*x[partner]
+
+
+@bench("an epoch of a small CNN, 64 px, with MixUp against without", "≤1.10×")
+def mixing():
+    from exp.conv import simple_cnn
+    from exp.learner import DataLoaders, Learner
+    from exp.mixup import MixUp
+    batches = list(zip(torch.randn(10, 64, 3, 64, 64), torch.randint(0, 10, (10, 64))))
+    def epoch(cbs):
+        torch.manual_seed(0)
+        net = simple_cnn((16, 32, 64, 128), ni=3, norm=nn.BatchNorm2d)
+        Learner(net, DataLoaders(batches), F.cross_entropy, torch.optim.SGD, .1, cbs=cbs, quiet=True).fit(1)
+    return lambda: epoch([MixUp()]), lambda: epoch([])
+
+
+@bench("label smoothing, 64 rows of 1,000 classes, forward and backward, against F.cross_entropy's", "said")
+def smoothing():
+    from exp.mixup import LabelSmoothingCrossEntropy
+    pred, y, ours = torch.randn(64, 1000).requires_grad_(), torch.randint(0, 1000, (64,)), LabelSmoothingCrossEntropy(.1)
+    def run(loss):
+        for _ in range(50): torch.autograd.grad(loss(pred, y), pred)
+    return lambda: run(ours), lambda: run(lambda p, t: F.cross_entropy(p, t, label_smoothing=.1))
+
+
+def half_training():
+    "A small network with norms in float16 or bfloat16: our callback against the plain loop with torch.autocast and torch.amp.GradScaler."
+    from exp.conv import simple_cnn
+    from exp.learner import DataLoaders, Learner
+    from exp.precision import MixedPrecision
+    torch.set_num_threads(1)
+    batches = [(torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))) for _ in range(20)]
+    def net(): torch.manual_seed(0); return simple_cnn((8, 16), 10, 3, norm=nn.BatchNorm2d)
+    def make(dtype):
+        def ours(): Learner(net(), DataLoaders(batches), F.cross_entropy, torch.optim.SGD, .01, MixedPrecision(dtype), quiet=True, device="cpu").fit(1)
+        def theirs():
+            model, scaler = net(), torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+            opt = torch.optim.SGD(model.parameters(), lr=.01)
+            for xb, yb in batches:
+                with torch.autocast("cpu", dtype): loss = F.cross_entropy(model(xb), yb)
+                scaler.scale(loss).backward()
+                scaler.step(opt); scaler.update(); opt.zero_grad()
+        return ours, theirs
+    return make
+
+
+@bench("MixedPrecision(float16) on a small CNN with norms, 20 batches of 16, against a bare loop with torch.autocast and torch.amp.GradScaler", "≤1.15×")
+def half_float16(): return half_training()(torch.float16)
+
+
+@bench("the same in bfloat16", "≤1.15×")
+def half_bfloat16(): return half_training()(torch.bfloat16)
+
+
+@bench("GradScaler: unscale, judge and update on xresnet50's gradients, against torch.amp.GradScaler", "≤1.5×")
+def unscaling():
+    from exp.precision import GradScaler
+    torch.set_num_threads(1)
+    params = xresnet50_parameters()
+    for p in params: p.grad = torch.randn_like(p)
+    opt = torch.optim.SGD(params, 0.)
+    def run(scaler):
+        scaler.scale(torch.ones(()))
+        def step(): scaler.unscale_(opt); scaler.update()
+        return step
+    return run(GradScaler(1.)), run(torch.amp.GradScaler("cpu", 1.))
 
 
 if __name__ == "__main__":

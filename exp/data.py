@@ -263,7 +263,10 @@ class Normalize(Transform):
         mean: Sequence[float] | None = None,  # one per channel
         std: Sequence[float] | None = None,   # one per channel, above 0
         n_batches: int = 8,                   # how many training batches are enough to measure
-    ): self.mean, self.std, self.n_batches = mean, std, n_batches
+    ):
+        self.mean, self.std, self.n_batches = mean, std, n_batches
+        if std is not None and not all(s > 0 for s in std):
+            raise ValueError(f"std is {std}: give numbers above 0")
 
     def setup(self, batches: Iterable) -> None:
         "Measure what was not given."
@@ -430,10 +433,13 @@ def _split(items: ItemList, splitter: Callable) -> tuple[ItemList, ItemList]:
 
 
 def _kind_of_target(labels: Iterable) -> list[Transform]:
-    "What makes targets of such labels, alone or in lists: words are classes, floats are float32."
+    """What makes targets of such labels, alone or in lists: words are classes, as True and False
+    are if alone; floats are float32."""
     lists, labels = (list, tuple, set), iter(labels)
     first = next((y for y in labels if not isinstance(y, lists) or y), None)    # none of no words
-    if isinstance(first, str): return [Categorize()]
+    if isinstance(first, (bool, np.bool_)): labels = list(labels)
+    if isinstance(first, str) or isinstance(labels, list) and all(
+            isinstance(y, (bool, np.bool_)) for y in labels): return [Categorize()]
     parts = first if isinstance(first, lists) else [first]
     if all(isinstance(part, str) for part in parts): return [MultiCategorize()]
     if not all(isinstance(part, (int, float, np.number)) for part in parts): return []

@@ -526,7 +526,7 @@ class Loop(BatchStep):
         return meters
 
     def _roots(self) -> list[nn.Module]:
-        "The model, and the loss if it is a module: it may hold weights, or have two modes, too."
+        "The model, and the loss if it is a module: it has two modes, too."
         return [root for root in (self.model, self.loss_func) if isinstance(root, nn.Module)]
 
     def _prepare_model(self):
@@ -534,9 +534,9 @@ class Loop(BatchStep):
         for root in self._roots():
             root.to(self.device)
             if not self.training: root.eval()
-            elif not root.training: root.train()
-        if self.training and self.exchanged:
-            raise RuntimeError("exchange parameters between two fits, not in one")
+        if not self.training: return
+        if self.exchanged: raise RuntimeError("exchange parameters between two fits, not in one")
+        if not self.model.training: self.model.train()
 
     def _average(self, row: dict):
         "Losses and metrics of this pass, over all processes, into the row."
@@ -634,6 +634,7 @@ class Optimizers:
     def _make_opts(self):
         self.model.to(self.device)     # before anything is made of its parameters
         params = list(self.model.parameters())
+        _check_loss(self.loss_func, params)
         parts = [params] if self.splitter is None else _parted(self.model, self.splitter)
         groups, rate = [{"params": part} for part in parts], {}
         if self.lr is not None:
@@ -717,6 +718,15 @@ def _rates(lr, shares: list[float]) -> list[float]:
     if not all(0 <= rate < float("inf") for rate in rates):
         raise ValueError(f"lr is {lr}: give finite rates of 0 or more")
     return rates
+
+
+def _check_loss(loss_func: Callable, params: list) -> None:
+    "Raises: ValueError for a loss with weights of its own, which no optimizer would move."
+    if not isinstance(loss_func, nn.Module): return
+    known = {*map(id, params)}
+    own = [n for n, p in loss_func.named_parameters() if p.requires_grad and id(p) not in known]
+    if own: raise ValueError(f"the loss has a weight, {own[0]}, that no optimizer moves: make the "
+                             "loss a part of the model, too, or freeze it: requires_grad_(False)")
 
 
 def _parted(model: nn.Module, splitter: Callable) -> list[list]:
@@ -1042,7 +1052,8 @@ def save(
         "frozen": [name for name, p in params.items() if any(p is one for one in self._frozen)],
         "epochs_done": self.epochs_done, "history": self.history,
         "random": random_state(self.dls.train, self.dls.valid, *self.cbs),
-        "callbacks": {name: cb.state_dict() for name, cb in _kept(self).items()}}
+        "callbacks": {name: cb.state_dict() for name, cb in _kept(self).items()},
+        "loss": _loss_state(self)}
     if any(getattr(cb, "users", 0) for cb in self.cbs): content["averaged"] = True   # by an EMA
     return write_checkpoint(content, path)
 
@@ -1068,6 +1079,9 @@ def _resumable(self: Learner, path: str | PathLike) -> dict:
     if "averaged" in content: raise ValueError(f"{name} holds averaged weights: take last.pt")
     if kept.keys() != content["callbacks"].keys(): raise ValueError(
         f"resume with the callbacks of the first run: {[*content['callbacks']]}, not {[*kept]}")
+    loss = content.setdefault("loss", _loss_state(self))      # an older file has none
+    if _shapes(loss) != _shapes(_loss_state(self)): raise ValueError(
+        f"{name} is of a loss with other tensors: {_shapes(loss)} there")
     return content
 
 
@@ -1075,6 +1089,7 @@ def _resume(self: Learner, content: dict, lr: float | Sequence[float] | None) ->
     "Put back everything in a checkpoint, but for new base rates."
     for name, cb in _kept(self).items(): cb.load_state_dict(content["callbacks"][name])
     _restore(self, content)
+    if content["loss"]: self.loss_func.load_state_dict(content["loss"])
     for name, p in self.model.named_parameters(): p.requires_grad_(name in content["learns"])
     self._frozen = [p for name, p in self.model.named_parameters() if name in content["frozen"]]
     for name in ("epochs_done", "history", "base"): setattr(self, name, content[name])
@@ -1099,11 +1114,18 @@ def _kept(learn: Learner) -> dict:
     return {f"{name}_{n + 1}" if n else name: cb for name, n, cb in zip(names, earlier, kept)}
 
 
+def _loss_state(learn: Learner) -> dict:
+    "The tensors of a loss that is a module: class weights, a running scale."
+    return dict(learn.loss_func.state_dict()) if isinstance(learn.loss_func, nn.Module) else {}
+
+
+def _shapes(state: dict) -> dict: return {k: [*getattr(v, "shape", ())] for k, v in state.items()}
+
+
 def _fitting(learn: Learner, path: str | PathLike) -> dict:
     "The content of a checkpoint of this model and optimizer. Raises: ValueError if it is another."
     content = read_checkpoint(path)
-    def shapes(state: dict): return {k: [*getattr(v, "shape", ())] for k, v in state.items()}
-    here, there = shapes(learn.model.state_dict()), shapes(content["model"])
+    here, there = _shapes(learn.model.state_dict()), _shapes(content["model"])
     odd = sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k))
     if odd: raise ValueError("the checkpoint is of another model: " + "; ".join(
         f"{k} is {there.get(k, 'missing')} there, {here.get(k, 'missing')} here" for k in odd[:4]))

@@ -80,8 +80,9 @@ def to_byte(
     "A photo as a tensor of bytes."
     if isinstance(im, Tensor): return im
     pixels = np.array(im)
-    if pixels.dtype != np.uint8 or im.mode == "P":
-        raise TypeError(f"{im!r:.60} has no bytes of pixels to take: open it with open_rgb")
+    if not isinstance(im, Image.Image) or pixels.dtype != np.uint8 or im.mode == "P":
+        raise TypeError(f"{im!r:.60} has no bytes of pixels to take: open it with open_rgb, "
+                        "or give a tensor")
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 

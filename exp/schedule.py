@@ -335,9 +335,10 @@ def lr_find(
     stop: float = 4.,      # end when the average loss is this many times its best
 ) -> RangeTest:            # .valley, .suggestions, .plot()
     """Train a copy of the learner while the rate grows from low to high, and read the loss.
-    Raises: ValueError for rates of 0, or if not even the first batches can be learnt.
+    Raises: ValueError for rates of 0, fewer than 5 batches, or if not even the first can be learnt.
     Paper: Smith 2015, section 3.3; here the rate grows by factors, and the loss is read."""
     if learn.fitting or learn.depth: raise RuntimeError("lr_find was called inside a fit or a pass")
+    if n_batches < 5: raise ValueError(f"n_batches is {n_batches}: give at least 5 to see a trend")
     watch = _RangeWatch(exponential(low, high), stop)
     with same_randomness(learn.dls.train, learn.dls.valid):
         _twin(learn, n_batches).fit(1, cbs=watch)

@@ -463,6 +463,27 @@ def test_two_of_them_may_come_back_in_another_order(tmp_path):
         if isinstance(cb, SaveCheckpoint): assert cb.kept[0][0] in [row[cb.monitor] for row in learn.history]
 
 
+class ScaledLoss(nn.Module):
+    "Divides by a running mean of itself: a buffer that training changes."
+    def __init__(self, n=1): super().__init__(); self.register_buffer("mean", torch.ones(n))
+    def forward(self, pred, yb):
+        loss = nn.functional.cross_entropy(pred, yb)
+        if self.training: self.mean.lerp_(loss.detach(), .2)
+        return loss/self.mean.mean()
+
+
+def test_a_resume_knows_the_tensors_of_the_loss(tmp_path):
+    whole = make(loss_func=ScaledLoss()); whole.fit(3)
+    make(loss_func=ScaledLoss()).fit(1, cbs=SaveCheckpoint(tmp_path))
+    again = make(loss_func=ScaledLoss()); again.fit(3, resume=tmp_path/"last.pt", cbs=SaveCheckpoint(tmp_path/"b"))
+    assert equal(weights(whole), weights(again)) and history(whole) == history(again) and torch.equal(whole.loss_func.mean, again.loss_func.mean)
+    other = make(loss_func=ScaledLoss(2)); before = weights(other)
+    with pytest.raises(ValueError, match="of a loss with other tensors"): other.fit(3, resume=tmp_path/"last.pt", cbs=SaveCheckpoint(tmp_path/"c"))
+    assert equal(before, weights(other)) and other.load(tmp_path/"last.pt") is other, "its weights alone may be read"
+    old = read_checkpoint(tmp_path/"last.pt"); del old["loss"]                      # a file of before
+    make(loss_func=ScaledLoss(2)).fit(2, resume=write_checkpoint(old, tmp_path/"old.pt"), cbs=SaveCheckpoint(tmp_path/"d"))
+
+
 def test_a_refused_resume_changes_nothing(tmp_path):
     def cbs(monitor): return [EarlyStopping(restore_best=True), Recorder(), SaveCheckpoint(tmp_path/monitor, monitor)]
     make(cbs("valid_loss"), metrics=accuracy).fit(2)

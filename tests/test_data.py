@@ -321,6 +321,19 @@ def test_words_in_lists_are_guessed_to_be_many_classes():
         assert rows(get_y=get_y).vocab is None                                    # boxes, masks, nothing, something else
 
 
+@pytest.mark.parametrize("kind", [bool, np.bool_])
+def test_true_and_false_are_two_classes(kind):
+    dls = rows(get_y=lambda i: kind(i % 3 == 0))
+    xb, yb = dls.one_batch()
+    assert dls.vocab == [False, True] and yb.dtype == torch.int64 and (yb == (xb[:, 0] % 3 == 0).long()).all()
+    assert rows(get_y=lambda i: [True, i % 2 == 0]).vocab is None                 # in lists they stay what they are
+
+
+@pytest.mark.parametrize("std", [[0.], [1., 0.], torch.tensor([-1.])])
+def test_a_std_is_above_zero(std):
+    with pytest.raises(ValueError, match="give numbers above 0"): Normalize([0.], std)
+
+
 @given(st.permutations([1, 2.5, 3, np.int64(4), np.float32(0), True]), st.booleans())
 def test_targets_are_floats_if_one_label_is(labels, listed):
     dls = rows(get_y=lambda i: [labels[i % 6], 1] if listed else labels[i % 6])

@@ -517,12 +517,16 @@ def test_a_batch_may_have_a_loss_of_its_own():
 def test_a_loss_that_is_a_module_follows_the_pass():
     "It trains and validates with the model, wherever it has to be; its layers keep their modes, and get them back."
     class Loss(nn.Module):
-        def __init__(self): super().__init__(); self.net, self.modes = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval()), []
+        def __init__(self): super().__init__(); self.net, self.modes = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval()).requires_grad_(False), []
         def forward(self, pred, yb): self.modes.append([m.training for m in self.modules()]); return cross_entropy(pred, yb)
     loss, net = Loss(), model()
     learn = make(net=net, loss_func=loss, dls=L.DataLoaders(batches(16), batches(16)))
     learn.fit(1)
     assert loss.modes == [[True, True, True, False], [False]*4] and loss.training and not loss.net[1].training
+    frozen = Loss().eval()                             # as a perceptual loss is: it stays so
+    make(loss_func=frozen, dls=L.DataLoaders(batches(16), batches(16))).fit(1)
+    assert frozen.modes == [[False]*4]*2 and not frozen.training
+    with pytest.raises(ValueError, match="net.1.weight, that no optimizer moves"): make(loss_func=Loss().requires_grad_()).fit(1)
     learn.device = torch.device("meta")
     with contextlib.suppress(Exception): learn.validate()
     assert next(loss.parameters()).device.type == "meta" and loss.training

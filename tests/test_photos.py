@@ -45,6 +45,11 @@ def test_image_files(tmp_path):
     assert [f.name for f in image_files(tmp_path)] == ["1.PNG", "3.tiff", "10.Jpg", "2.jpg"] and ".webp" in IMAGES
 
 
+def test_arrays_are_no_photos_yet():
+    for func in (to_byte, to_float, Resize(8)):
+        with pytest.raises(TypeError, match="give a tensor"): func(np.zeros((4, 4, 3), np.uint8))
+
+
 PHOTOS = {
     "rgb.png": lambda im: im, "grey.png": lambda im: im.convert("L"), "palette.png": lambda im: im.quantize(64), "bits.png": lambda im: im.convert("1"),
     "rgba.png": lambda im: im.convert("RGBA"), "la.png": lambda im: im.convert("LA"), "cmyk.jpg": lambda im: im.convert("CMYK"), "grey.jpg": lambda im: im.convert("L"),

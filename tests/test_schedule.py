@@ -642,6 +642,8 @@ def test_rates_are_those_that_were_used_and_what_ends_a_test_is_not_only_nan():
     found = S.lr_find(make([Halve()]), low=1e-3, high=1., n_batches=10)
     assert found.lrs[0] == pytest.approx(.5e-3) and found.lrs[-1] == pytest.approx(.5)
     with pytest.raises(ValueError, match="the loss exploded"): S.lr_find(make(), low=1e8, high=1e9, n_batches=10)
+    for n in (1, 4):
+        with pytest.raises(ValueError, match=f"n_batches is {n}: give at least 5"): S.lr_find(make(), n_batches=n)
 
 
 @pytest.mark.parametrize("event", ["before_fit", "before_epoch", "before_pass"])

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import exp.photos
 from .data import Pipeline, Transform
-from .learner import Callback, Learner, describe
+from .learner import Callback, Learner, describe, same_randomness, to_device
 
 # %% ../nbs/09b_augmentation.ipynb #23cc06c1
 def sampling_grid(
@@ -290,9 +291,8 @@ class RandomResizedCrop(CenterCrop):
         ratio: tuple[float, float] = (3/4, 4/3),  # narrowest and widest width/height
     ):
         super().__init__(size)
-        self.scale, self.ratio = scale, ratio
-        if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
-            raise ValueError(f"scale is {scale}, ratio {ratio}: give 0 < low ≤ high, a share ≤ 1")
+        single = exp.photos.RandomResizedCrop(size, scale, ratio)      # it knows which are possible
+        self.scale, self.ratio = single.scale, single.ratio
 
     def box(self, n: int, h: int, w: int, generator: torch.Generator) -> tuple:
         "Each item takes the first of ten draws that fits; if none does, the first, made to fit."
@@ -592,18 +592,6 @@ class AlternatingFlip(Callback):
         learn.xb = torch.where(rows.view(-1, *[1]*(learn.xb.ndim - 1)), learn.xb.flip(-1), learn.xb)
 
 # %% ../nbs/09b_augmentation.ipynb #ce5b93a0
-class _View:
-    "A loader as another one sees it: with other batch transforms, and chance of their own."
-    def __init__(self, dl: Iterable, tfms: Pipeline, generator: torch.Generator):
-        self.dataset, self.tfms = dl, tfms
-        self.chance = lambda: generator     # hidden: predict puts generators back that it finds
-    def __iter__(self) -> Iterator: return iter(self.dataset)
-    def __len__(self) -> int: return len(self.dataset)
-    def __getattr__(self, name: str) -> Any: return getattr(vars(self)["dataset"], name)
-    def batch_tfms(self, pair: tuple, _: torch.Generator) -> tuple:
-        return self.tfms(pair, self.chance())
-
-
 def tta(
     learn: Learner,
     dl: Iterable | None = None,  # batches of pairs; None: the validation loader
@@ -622,12 +610,15 @@ def tta(
     tfms = _view_tfms(learn, dl, transforms)
     seed = 0 if generator is None else torch.randint(
         2**31, (), generator=generator, device=generator.device).item()
-    view = _View(dl, tfms, torch.Generator().manual_seed(seed))
+    chance = torch.Generator().manual_seed(seed)      # goes on from view to view
+    def view() -> Iterator:
+        for pair in dl: yield tfms(to_device(pair, learn.device), chance)
     preds, targets = learn.predict(dl, with_targets=True)
     if getattr(activation, "func", None) is F.softmax and preds.shape[1:] in ((), (1,)):
         raise ValueError("softmax makes 1 of the only output: give activation=torch.sigmoid")
     total = _wide(activation(preds))
-    for _ in range(n): total = total + _wide(activation(learn.predict(view)))
+    for _ in range(n):
+        with same_randomness(dl): total = total + _wide(activation(learn.predict(view())))
     return total/(n + 1), targets
 
 

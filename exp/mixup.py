@@ -6,7 +6,6 @@
 __all__ = ['draw_beta', 'mixed_loss', 'Mixer', 'blend', 'MixUp', 'paste', 'CutMix', 'LabelSmoothingCrossEntropy']
 
 # %% ../nbs/10_mixup.ipynb #12bdb9cb
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .learner import Callback, Learner, batch_size, describe
+from .learner import Callback, Learner, batch_size, describe, structure_like
 from .training import log_softmax
 
 # %% ../nbs/10_mixup.ipynb #3908a58c
@@ -58,11 +57,9 @@ def _in_parts(func: Callable, x: Any, n: int) -> Any:
     "Apply to each part of n items, a tensor or a list of entries; structures keep their form."
     if x is None: return None
     if isinstance(x, Mapping):
-        new = copy.copy(x)
-        for name, part in x.items(): new[name] = _in_parts(func, part, n)
-        return new
+        return structure_like(x, {name: _in_parts(func, part, n) for name, part in x.items()})
     if isinstance(x, (tuple, list)) and all(_has_items(part, n) for part in x):
-        return getattr(x, "_make", type(x))([_in_parts(func, part, n) for part in x])
+        return structure_like(x, [_in_parts(func, part, n) for part in x])
     listed = isinstance(x, (tuple, list)) and not hasattr(x, "_fields") and len(x) == n
     if listed or isinstance(x, Tensor) and _has_items(x, n): return func(x)
     raise TypeError(f"{describe(x)} is in a batch of {n}: to be mixed it must have {n} items")

@@ -146,7 +146,7 @@ class RandomResizedCrop(Resize):
         super().__init__(size)
         self.scale, self.ratio = scale, ratio
         if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
-            raise ValueError(f"scale is {scale}, ratio {ratio}: give 0 < low ≤ high")
+            raise ValueError(f"scale is {scale}, ratio {ratio}: give 0 < low ≤ high, a share ≤ 1")
 
     def box(
         self,

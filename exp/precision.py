@@ -6,7 +6,6 @@
 __all__ = ['bits', 'from_bits', 'next_float', 'GradScaler', 'half_dtype', 'MixedPrecision']
 
 # %% ../nbs/11_fp16.ipynb #b2860213
-import copy
 import math
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .learner import Callback, Learner, all_sum
+from .learner import Callback, Learner, all_sum, structure_like
 
 # %% ../nbs/11_fp16.ipynb #92356263
 _LAYOUTS = {torch.float16: (5, torch.int16), torch.bfloat16: (8, torch.int16),
@@ -179,13 +178,8 @@ def _can_autocast(kind: str, dtype: torch.dtype) -> bool:
 def _as_single(x: Any) -> Any:
     "Half precision as float32, however it is nested."
     if isinstance(x, Tensor): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    if isinstance(x, Mapping):
-        new = copy.copy(x)
-        for name, part in x.items(): new[name] = _as_single(part)
-        return new
-    if not isinstance(x, (list, tuple)): return x
-    parts = [_as_single(part) for part in x]
-    return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    if isinstance(x, Mapping): return structure_like(x, {k: _as_single(v) for k, v in x.items()})
+    return structure_like(x, map(_as_single, x)) if isinstance(x, (list, tuple)) else x
 
 # %% ../nbs/11_fp16.ipynb #89afa2e4
 class MixedPrecision(Callback):

@@ -562,7 +562,7 @@ def test_the_learner_gives_the_loss_its_mode():
         loss = Smooth(.5, torch.ones(2)).train(own)
         learn = make(loss_func=loss)
         learn.fit(1); row = learn.validate()
-        assert loss.training is own and seen == [True]*3 + [False]*4; seen.clear()
+        assert loss.training is own and seen == [own]*3 + [False]*4; seen.clear()                  # put into eval mode it stays there
         assert abs(row["valid_loss"] - make(net=learn.model, loss_func=F.cross_entropy).validate()["valid_loss"]) < 1e-6
     mixed = make([MixUp(1., gen(0)), ValidateEvery(1)], loss_func=Smooth(.5))
     mixed.fit(1)

@@ -95,7 +95,7 @@ def check_rms(
             off = (out.double()/right - 1).abs().max().item()
             advice = ("a square overflows" if out.isinf().any() else "squares vanish"
                       if (out == 0).any() else "0/0" if out.isnan().any() else "too coarse")
-            limit = 8*torch.finfo(dtype).eps
+            limit = 2*torch.finfo(dtype).eps
             assert off <= limit, (f"{case}: off by {off:.1%}, {advice}: divide by the largest "
                                   "number first, and multiply the root by it")
         zeros = attempt(func, torch.zeros(2, 5, dtype=dtype))

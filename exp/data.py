@@ -265,7 +265,7 @@ class Normalize(Transform):
         n_batches: int = 8,                   # how many training batches are enough to measure
     ):
         self.mean, self.std, self.n_batches = mean, std, n_batches
-        if std is not None and not all(s > 0 for s in std):
+        if std is not None and not (torch.as_tensor(std) > 0).all():
             raise ValueError(f"std is {std}: give numbers above 0")
 
     def setup(self, batches: Iterable) -> None:

@@ -639,7 +639,6 @@ class Optimizers:
     def _make_opts(self):
         self.model.to(self.device)     # before anything is made of its parameters
         params = list(self.model.parameters())
-        _check_loss(self.loss_func, params)
         parts = [params] if self.splitter is None else _parted(self.model, self.splitter)
         groups, rate = [{"params": part} for part in parts], {}
         if self.lr is not None:
@@ -725,10 +724,10 @@ def _rates(lr, shares: list[float]) -> list[float]:
     return rates
 
 
-def _check_loss(loss_func: Callable, params: list) -> None:
+def _check_loss(loss_func: Callable, model: nn.Module) -> None:
     "Raises: ValueError for a loss with weights of its own, which no optimizer would move."
     if not isinstance(loss_func, nn.Module): return
-    known = {*map(id, params)}
+    known = {*map(id, model.parameters())}
     own = [n for n, p in loss_func.named_parameters() if p.requires_grad and id(p) not in known]
     if own: raise ValueError(f"the loss has a weight, {own[0]}, that no optimizer moves: make the "
                              "loss a part of the model, too, or freeze it: requires_grad_(False)")
@@ -904,6 +903,7 @@ class Learner(Loop, Optimizers):
         "Train. An error says in a note where it happened. Raises: ValueError, RuntimeError."
         if self.fitting or self.depth: raise RuntimeError("fit was called inside a fit or a pass")
         if (n := index(n)) < 0: raise ValueError(f"n is {n}: give a number of epochs, 0 or more")
+        _check_loss(self.loss_func, self.model)
         with self._session(cbs):
             content = None if resume is None else self._resumable(resume)    # by lesson 05b
             if lr is not None: self.set_lr(lr)
@@ -1067,7 +1067,8 @@ def load(
     self: Learner,
     path: str | PathLike,  # a file that `save` wrote
 ) -> Learner:              # the same learner
-    "Read weights back, and the optimizer, if saved. Raises: ValueError if they do not fit."
+    """Read weights back, and the optimizer, if saved; tensors of the loss stay as they are here.
+    Raises: ValueError if they do not fit."""
     content = _fitting(self, path)
     _restore(self, content)
     if "opts" in content: self._put_back(content["base"])

@@ -189,7 +189,7 @@ def _edges(centre: float, side: float, n: int) -> list[int]:
 # %% ../nbs/10_mixup.ipynb #4667393d
 class LabelSmoothingCrossEntropy(nn.Module):
     """Cross-entropy that in training gives every class a share ε/K of the target; in eval mode
-    plain: give a Learner the module itself as loss_func, so that it can set the mode.
+    plain: give a Learner the module itself, in training mode, so that it can switch modes.
     Same as: F.cross_entropy(label_smoothing=eps) (1e-6). Paper: Szegedy et al. 2015."""
     def __init__(
         self,

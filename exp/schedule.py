@@ -335,13 +335,20 @@ def lr_find(
     stop: float = 4.,      # end when the average loss is this many times its best
 ) -> RangeTest:            # .valley, .suggestions, .plot()
     """Train a copy of the learner while the rate grows from low to high, and read the loss.
-    Raises: ValueError for rates of 0, fewer than 5 batches, or if not even the first can be learnt.
+    Raises: ValueError for rates of 0, fewer than 5 batches, a loss that looks at the learner's own
+    model, or if not even the first batches can be learnt.
     Paper: Smith 2015, section 3.3; here the rate grows by factors, and the loss is read."""
     if learn.fitting or learn.depth: raise RuntimeError("lr_find was called inside a fit or a pass")
     if n_batches < 5: raise ValueError(f"n_batches is {n_batches}: give at least 5 to see a trend")
     watch = _RangeWatch(exponential(low, high), stop)
+    params = list(learn.model.parameters())
+    grads = [p.grad for p in params]
     with same_randomness(learn.dls.train, learn.dls.valid):
         _twin(learn, n_batches).fit(1, cbs=watch)
+    if any(p.grad is not grad for p, grad in zip(params, grads)):
+        for p, grad in zip(params, grads): p.grad = grad
+        raise ValueError("the loss looks at the learner's own model, not at the copy that is "
+                         "trained: make the loss an nn.Module that holds the model")
     if len(watch.lrs) < 5: raise ValueError(
         f"it ended after {len(watch.lrs)} of {n_batches} batches, from a rate of {low:g} on: the "
         "loss exploded or was NaN, or all was cancelled. Start lower, or look for NaN in the data")

@@ -329,7 +329,7 @@ def test_true_and_false_are_two_classes(kind):
     assert rows(get_y=lambda i: [True, i % 2 == 0]).vocab is None                 # in lists they stay what they are
 
 
-@pytest.mark.parametrize("std", [[0.], [1., 0.], torch.tensor([-1.])])
+@pytest.mark.parametrize("std", [0., [0.], [1., 0.], torch.tensor([-1.]), torch.zeros(1, 3, 1, 1)])
 def test_a_std_is_above_zero(std):
     with pytest.raises(ValueError, match="give numbers above 0"): Normalize([0.], std)
 

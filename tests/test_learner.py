@@ -527,6 +527,8 @@ def test_a_loss_that_is_a_module_follows_the_pass():
     make(loss_func=frozen, dls=L.DataLoaders(batches(16), batches(16))).fit(1)
     assert frozen.modes == [[False]*4]*2 and not frozen.training
     with pytest.raises(ValueError, match="net.1.weight, that no optimizer moves"): make(loss_func=Loss().requires_grad_()).fit(1)
+    later = make(dls=L.DataLoaders(batches(16), None)); later.fit(1); later.loss_func = Loss().requires_grad_()
+    with pytest.raises(ValueError, match="no optimizer moves"): later.fit(1)
     learn.device = torch.device("meta")
     with contextlib.suppress(Exception): learn.validate()
     assert next(loss.parameters()).device.type == "meta" and loss.training

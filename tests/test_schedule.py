@@ -646,6 +646,18 @@ def test_rates_are_those_that_were_used_and_what_ends_a_test_is_not_only_nan():
         with pytest.raises(ValueError, match=f"n_batches is {n}: give at least 5"): S.lr_find(make(), n_batches=n)
 
 
+def test_a_loss_that_looks_at_the_model_is_copied_with_it_or_refused():
+    "The copy that is trained would have another penalty than the one that is looked at."
+    class Penalty(torch.nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, pred, yb): return torch.nn.functional.cross_entropy(pred, yb) + sum(p.square().sum() for p in self.net.parameters())
+    learn = make(); learn.loss_func = Penalty(learn.model)
+    assert S.lr_find(learn, n_batches=10).lrs and all(p.grad is None for p in learn.model.parameters())
+    closed = Penalty(learn.model); learn.loss_func = lambda pred, yb: closed(pred, yb)
+    with pytest.raises(ValueError, match="an nn.Module that holds the model"): S.lr_find(learn, n_batches=10)
+    assert all(p.grad is None for p in learn.model.parameters())
+
+
 @pytest.mark.parametrize("event", ["before_fit", "before_epoch", "before_pass"])
 def test_who_prepares_the_training_prepares_the_test(event):
     class Prepare(L.Callback): heard = []

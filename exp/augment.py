@@ -163,7 +163,8 @@ class Flip(Geometric):
 
 
 class Rotate(Geometric):
-    "Turn about the middle, counter-clockwise where the angle is positive. Same as: Image.rotate."
+    """Turn about the middle, counter-clockwise where the angle is positive. Same as: Image.rotate,
+    but for what comes from outside of the photo: mirrored, not black."""
     def __init__(
         self,
         degrees: float,  # the angle is uniform between minus and plus this
@@ -260,7 +261,8 @@ class CenterCrop(Geometric):
 
 class RandomCrop(CenterCrop):
     """A window of fixed size somewhere in the photo, pixel for pixel; in validation, in its middle.
-    Same as: torchvision.transforms.v2.RandomCrop, but a place for each item."""
+    Same as: torchvision.transforms.v2.RandomCrop, but a place for each item, and what `padding`
+    adds is the photo mirrored, not black."""
     def __init__(
         self,
         size: int | tuple[int, int],  # pixels, or (height, width)
@@ -321,13 +323,16 @@ def relight(
 ) -> Tensor:                              # the same shape and dtype, cut off at 0 and 1
     """Change light and colour: one linear map of the channels for each item, one pass over memory.
     Cut off once, at the end: where it clips, it differs from the three one after the other. The
-    grey of anything but three channels is their mean. Raises: TypeError, as `resample`."""
+    grey of anything but three channels is their mean. Raises: TypeError, as `resample`; ValueError
+    for photos that cannot be in [0, 1]."""
     _check_photos(x)
     c, wide = x.shape[1], _wide(x)
     b, k, s = (torch.as_tensor(factor).to(wide).expand(len(x))
                for factor in (brightness, contrast, saturation))
     grey = wide.new_tensor(GREY if c == 3 else [1/c]*c)
     mean = (wide.mean((2, 3))*grey).sum(1)
+    if ((mean < -.01) | (mean > 1.01)).any(): raise ValueError(
+        "these photos are not in [0, 1]: light belongs after to_float and before Normalize")
     colours = s[:, None, None]*torch.eye(c).to(wide) + (1 - s)[:, None, None]*grey
     rest = ((1 - k)*b*mean)[:, None, None]
     mixed = torch.baddbmm(rest, (b*k)[:, None, None]*colours, wide.flatten(2))
@@ -485,7 +490,7 @@ class Augment(Transform):
         return x, y
 
     def for_valid(self) -> "Augment | None":
-        "What has a form for validation: crops, and nothing else."
+        "Crops, functions, and what else has a form for validation."
         kept = [v for tfm in self.transforms if (v := tfm.for_valid()) is not None]
         if not kept: return None
         return Augment(*kept, target=self.target, padding_mode=self.padding_mode)

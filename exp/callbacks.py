@@ -225,7 +225,7 @@ class GradientAccumulation(Callback):
             "several optimizers step in turn: gradients of several batches cannot be added up")
 
     def after_loss(self, learn: Learner):
-        if learn.training: learn.loss_for_grad = learn.loss_for_grad*learn.weight
+        if learn.training: learn.scale_loss(learn.weight)
 
     def after_backward(self, learn: Learner):
         learn.accumulating = len(learn.window) < self.n_batches

@@ -318,7 +318,7 @@ def hears(cb: Callback, event: str) -> bool:    # one of EVENTS
 # %% ../nbs/05_callbacks.ipynb #0b3dc130
 _PASS = dict(depth=0, mode=None, dl=None, batch=None, n_batches=None, xb=None, yb=None, pred=None,
              loss=None, loss_for_grad=None, indices=None, scratch=None, meters=(), unfinished=False,
-             batch_loss_func=None, _weight=None)
+             batch_loss_func=None, loss_factor=None, _weight=None)
 _NOTHING = nullcontext()
 
 
@@ -432,14 +432,21 @@ class BatchStep(Announcer):
         if not isinstance(loss, Tensor) or loss.ndim:
             raise TypeError(f"the loss is {describe(loss)}: return one number, a tensor ()")
         self.loss = self.loss_for_grad = loss
+        self.loss_factor = None
         self._fire("after_loss")
         if self.loss is not loss: raise RuntimeError("change learn.loss_for_grad, not learn.loss")
         return loss
 
+    def scale_loss(self, factor: Tensor | float) -> None:
+        "In after_loss: start backward from so many times `loss_for_grad`, and what is added to it."
+        self.loss_factor = factor if self.loss_factor is None else self.loss_factor*factor
+
     def backward(self, loss: Tensor) -> None:
         "Add the gradients of a loss, of `get_loss` or made of several; then after_backward."
         if loss is not self.loss: self._set_loss(loss)
-        self.loss_for_grad.backward()
+        start = self.loss_for_grad
+        if self.loss_factor is not None: start = start*self.loss_factor
+        start.backward()
         if not self.unfinished: self.window.append(self.weight)
         self.unfinished = True
         self._fire("after_backward")

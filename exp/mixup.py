@@ -103,7 +103,7 @@ class Mixer(Callback):
 
     def after_backward(self, learn: Learner) -> None:
         "Raises: RuntimeError if the gradients are of a loss that knows nothing of the mixing."
-        if not self._asked: raise RuntimeError(
+        if learn.batch_loss_func is not None and not self._asked: raise RuntimeError(
             "the batch was mixed, but its loss was not: in train_batch compute it by get_loss")
 
 # %% ../nbs/10_mixup.ipynb #504e93ae

@@ -240,7 +240,8 @@ class MixedPrecision(Callback):
     def after_pred(self, learn: Learner): learn.pred = _as_single(learn.pred)
 
     def after_loss(self, learn: Learner):
-        if self.scales(learn): learn.loss_for_grad = self.scaler.scale(learn.loss_for_grad)
+        if self.scales(learn): learn.scale_loss(
+            self.scaler.scale(torch.ones((), device=learn.loss.device)))
 
     def before_step(self, learn: Learner):
         if not self.scales(learn) or self.scaler.unscale_grads(learn.params()): return
@@ -266,7 +267,7 @@ class MixedPrecision(Callback):
             before = self._buffers.get(name, b)
             if b.shape != before.shape or torch.equal(b, before): continue
             if not only_spoilt or before.isfinite().all() and not b.isfinite().all():
-                b.detach().copy_(before)
+                b.data.copy_(before)      # a graph that is still needed does not mind
 
     def _update(self):
         good = self.scaler.update()

@@ -672,6 +672,13 @@ def test_the_drawn_angle_is_pillows(seed):
     assert abs(wanted) > .1 and (resample(x, m)[0] - theirs)[:, 10:-10, 10:-10].abs().max() < .02
 
 
+def test_light_is_for_photos_between_0_and_1():
+    x = torch.rand(4, 3, 8, 8, generator=gen(0))*torch.tensor([.3, .6, .9, 1.]).view(4, 1, 1, 1)
+    for bad in (255*x, (x - .45)/.225, x - .6):
+        with pytest.raises(ValueError, match="before Normalize"): augment(bad, Augment(Flip(), Brightness(.2)))
+    for good in (x, torch.zeros_like(x), torch.ones_like(x), x.half()): augment(good, Brightness(.2))
+
+
 def test_tta_refuses_what_gives_no_new_view():
     learn = make([], dls_of(), net())                                          # only to_float and Normalize
     for tfms in (None, [], Pipeline()):

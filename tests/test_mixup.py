@@ -246,6 +246,14 @@ def test_a_validation_in_the_middle_is_plain():
     assert [row["step"] for row in learn.history if "step" in row] == [1, 2]
 
 
+def test_some_batches_may_stay_unmixed():
+    class Late(MixUp):
+        def before_batch(self, learn):
+            if learn.epoch >= 1: super().before_batch(learn)
+    mixer = Late(); make(mixer).fit(2)
+    assert mixer.lam != 1
+
+
 @pytest.mark.parametrize("event", ["before_batch", "after_pred", "after_loss", "after_backward", "before_step", "after_step", "after_batch"])
 def test_whatever_ends_a_batch_nothing_stays_of_it(event):
     def fine(learn):

@@ -237,7 +237,7 @@ class Watch(L.Callback):
     "What there is before a step and after it."
     order = 90
     def __init__(self): self.steps, self.losses = [], []
-    def after_loss(self, learn): self.losses.append((learn.loss.item(), learn.loss_for_grad.item()))
+    def after_loss(self, learn): self.losses.append((learn.loss.item(), learn.loss_for_grad.item()*float(learn.loss_factor or 1)))
     def before_batch(self, learn):
         if learn.training and not learn.window: self.before = self._now(learn)
     def after_step(self, learn): self.steps.append((learn.stepped, self.before, self._now(learn)))
@@ -387,6 +387,38 @@ class Alternate(L.Learner):
             self.backward(self.get_loss(self.forward(self.xb), self.yb))
             self.step(opt)
             self.zero_grad()
+
+
+class Gan(L.Learner):
+    "DCGAN's step: the fakes are made once, and both networks learn from them."
+    def train_batch(self):
+        g, d = self.model["g"], self.model["d"]
+        fake = self.forward(self.xb, g)
+        self.backward(F.softplus(self.forward(fake.detach(), d)).mean()); self.step(self.opts["d"]); self.zero_grad(self.opts["d"])
+        self.backward(F.softplus(-self.forward(fake, d)).mean()); self.step(self.opts["g"]); self.zero_grad()
+
+
+def test_a_gan_goes_on_after_an_overflow():
+    "What is put back after the first optimizer's skipped step is still needed by the graph of the second."
+    net = nn.ModuleDict({"g": norm_net(), "d": nn.Linear(2, 1)})
+    learn = Gan(net, L.DataLoaders(batches(), None), F.cross_entropy, lambda params, lr: {k: torch.optim.SGD(net[k].parameters(), lr) for k in "dg"}, .1,
+                cbs=FP16(P.GradScaler(2.**40)), quiet=True, device="cpu")
+    learn.fit(8)
+    assert learn.cb(P.MixedPrecision).n_skipped > 5 and math.isfinite(learn.history[-1]["train_loss"])
+
+
+@pytest.mark.parametrize("order", [-99, -25, 0, 99])
+def test_terms_of_the_loss_are_scaled_with_it(order):
+    "A penalty that a callback adds at any time: neither the scale nor the window's weights may miss it."
+    class Penalty(L.Callback):
+        def after_loss(self, learn): learn.loss_for_grad = learn.loss_for_grad + .5*sum(p.square().sum() for p in learn.model.parameters())
+    def run(*cbs):
+        penalty = Penalty(); penalty.order = order
+        learn = make([penalty, *cbs], net=Exact(), lr=.1); learn.fit(2)
+        return weights(learn)
+    alone = run()
+    for cbs in ([C.GradientAccumulation(1)], [FP16(P.GradScaler(1024.))], [FP16(P.GradScaler(1024.)), C.GradientAccumulation(1)]):
+        for a, b in zip(alone, run(*cbs)): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def two_opts(params, lr): return {"body": torch.optim.SGD(params[:1], lr), "head": torch.optim.SGD(params[1:], lr)}

@@ -536,6 +536,18 @@ def test_the_rule_for_a_format(monkeypatch):
         assert P.half_dtype("cuda:0") == dtype
 
 
+def test_is_it_in_hardware(monkeypatch):
+    for found, native in ((["avx2", "f16c"], False), (["avx2", "avx512_bf16"], True), (["bf16"], True), (["avx512_fp16"], False), ([], False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: dict.fromkeys(found, True) | {"sse": True, "cpu_name": "x"}, raising=False)
+        assert P.half_instructions() == found and P.native_half("cpu") is P.native_half(torch.device("cpu")) is native
+    for capability, native in (((6, 1), False), ((7, 5), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert P.native_half("cuda:0") is native
+    assert P.native_half("mps") is True
+    monkeypatch.delattr(torch.cpu, "get_capabilities")                  # older PyTorch: what the system says
+    assert set(P.half_instructions()) <= {"avx2", "f16c", "avx512_bf16", "avx512_fp16", "amx_bf16", "bf16", "asimdhp"}
+
+
 def test_the_format_may_be_changed_between_fits():
     learn = make(P.MixedPrecision(torch.bfloat16)); learn.fit(1)
     learn.cb(P.MixedPrecision).dtype = torch.float16; learn.cb(P.MixedPrecision).scaler = P.GradScaler(2.**60); learn.fit(1)

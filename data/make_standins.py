@@ -8,8 +8,10 @@
                                      --sklearn  …/site-packages/sklearn/datasets/images
                                      --scipy    …/site-packages/scipy/misc        (face.dat, up to SciPy 1.11)
                                      --austen   …/site-library/janeaustenr/data   (Rdata.rdb, Rdata.rdx)
+                                     --cards    …/playing-cards                   (as `fetch` returns it)
 
-Each option makes its own stand-in and may be left out (the photographs want all three of theirs). The same sources give the
+Each option makes its own stand-in and may be left out (the photographs want all three of theirs; cats-raccoons is made of
+the photographs in OUT, with --cards or with them). The same sources give the
 same bytes; the JPEGs also depend on the version of Pillow (13.0 made these). Nothing here is needed to use the stand-ins.
 """
 import argparse
@@ -21,6 +23,7 @@ import re
 import shutil
 import struct
 import warnings
+import xml.etree.ElementTree as ET
 import zlib
 from pathlib import Path
 
@@ -109,6 +112,52 @@ def make_photos(out: Path, folders: list[Path]):
     note(out, f"{TRAIN} + {VAL} crops of one free photograph in each of ten classes")
 
 
+def make_cats_raccoons(out: Path, photos: Path):
+    "Like horse2zebra: two kinds in folders A and B, which are no pairs."
+    fresh(out)
+    for letter, label in (("A", "cat"), ("B", "raccoon")):
+        for part, source, n in (("train", "train", 8), ("test", "val", 4)):
+            (out/f"{part}{letter}").mkdir()
+            for path in spread(sorted((photos/source/label).glob("*.jpg")), n):
+                small = Image.open(path).convert("RGB").resize((96, 96), Image.Resampling.LANCZOS)
+                small.save(out/f"{part}{letter}"/path.name, quality=72, optimize=True)
+    note(out, "8 + 4 crops of one free photograph of a cat, and as many of a raccoon")
+
+
+# ---- playing cards ----
+
+def small_card_photo(xml: Path, out: Path, side: int = 160):
+    "A photograph with its boxes, its long side `side` pixels."
+    root = ET.parse(xml).getroot()
+    photo = next(p for p in (xml.with_suffix(".JPG"), xml.with_suffix(".jpg")) if p.exists())
+    im = Image.open(photo).convert("RGB")
+    scale, file = side/max(im.size), out/f"{xml.stem}.jpg"
+    size = [round(s*scale) for s in im.size]
+    im.resize(size, Image.Resampling.LANCZOS).save(file, quality=72, optimize=True)
+    new = ET.Element("annotation")
+    ET.SubElement(new, "filename").text = file.name
+    sizes = ET.SubElement(new, "size")
+    for tag, pixels in zip(("width", "height"), size): ET.SubElement(sizes, tag).text = str(pixels)
+    for found in root.findall("object"):
+        one = ET.SubElement(new, "object")
+        ET.SubElement(one, "name").text = found.findtext("name")
+        box = ET.SubElement(one, "bndbox")
+        for tag in ("xmin", "ymin", "xmax", "ymax"):
+            most = size["y" in tag] if "max" in tag else size["y" in tag] - 1
+            ET.SubElement(box, tag).text = str(min(round(int(found.findtext(f"bndbox/{tag}"))*scale), most))
+    ET.indent(new)
+    (out/f"{xml.stem}.xml").write_text(ET.tostring(new, encoding="unicode") + "\n", encoding="utf-8", newline="\n")
+
+
+def make_cards(out: Path, source: Path):
+    fresh(out)
+    for part, n in (("train", 36), ("test", 12)):
+        (out/part).mkdir()
+        for xml in spread(sorted((source/part).glob("*.xml")), n): small_card_photo(xml, out/part)
+    shutil.copy(source/"LICENSE", out/"LICENSE")
+    note(out, "36 + 12 photographs of playing cards with boxes, long side 160")
+
+
 # ---- novels ----
 
 def read_austen(folder: Path) -> dict[str, list[str]]:
@@ -195,11 +244,13 @@ def make_tokens(out: Path, books: dict[str, list[str]]):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("out", type=Path, help="where the folders fashion, photos, novels and novel-tokens are made")
-    for name in ("fashion", "skimage", "sklearn", "scipy", "austen"): p.add_argument(f"--{name}", type=Path)
+    p.add_argument("out", type=Path, help="where the folders fashion, photos, cats-raccoons, cards, novels and novel-tokens are made")
+    for name in ("fashion", "skimage", "sklearn", "scipy", "austen", "cards"): p.add_argument(f"--{name}", type=Path)
     a = p.parse_args()
     if a.fashion: make_fashion(a.out/"fashion", a.fashion)
     if a.skimage and a.sklearn and a.scipy: make_photos(a.out/"photos", [a.skimage, a.sklearn, a.scipy])
+    if a.cards: make_cards(a.out/"cards", a.cards)
+    if (a.out/"photos").exists(): make_cats_raccoons(a.out/"cats-raccoons", a.out/"photos")
     if a.austen:
         books = read_austen(a.austen)
         make_novels(a.out/"novels", books)

@@ -616,7 +616,8 @@ def test_registry_and_table(capsys):
         assert d.name in table and d.licence in table and d.cite in table
         assert d.addresses and d.size > 0 and d.holds and d.instead
         for digest in d.files.values(): assert re.fullmatch(r"sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}", digest)
-    assert set(registry) == {"mnist", "fashion-mnist", "imagenette2-160", "imdb", "wikitext-2"}
+    assert set(registry) == {"mnist", "fashion-mnist", "imagenette2-160", "imdb", "wikitext-2", "playing-cards",
+                             "horse2zebra"}
 
 
 def test_in_a_wheel(tmp_path, monkeypatch, capsys):

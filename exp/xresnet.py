@@ -16,7 +16,9 @@ from .conv import conv, init_cnn
 # %% ../nbs/12_xresnet.ipynb #12c00011
 class ResBlock(nn.Module):
     """act(branch(x) + shortcut(x)). The branch's last layer with a weight starts at 0 (of a norm:
-    its γ), so that the block starts as act(shortcut(x)). Paper: He, Zhang, Ren & Sun 2015."""
+    its γ), so that the block starts as act(shortcut(x)). That layer must be the one that makes the
+    branch's output, not a gate on it; and without a norm, a later init_cnn fills it again.
+    Paper: He, Zhang, Ren & Sun 2015."""
     def __init__(
         self,
         branch: nn.Module,          # (bs, ni, h, w) -> (bs, nf, oh, ow): what is learnt
@@ -40,8 +42,9 @@ def pool_shortcut(
 ) -> nn.Sequential:           # (bs, ni, h, w) -> (bs, nf, ⌈h/stride⌉, ⌈w/stride⌉)
     "As little as makes x fit: a mean over stride×stride pixels, a 1×1 convolution; or nothing."
     if ni == nf and stride == 1: return nn.Sequential()
-    pool = [nn.AvgPool2d(stride, ceil_mode=True)]*(stride > 1)
-    return nn.Sequential(*pool, conv(ni, nf, 1, 1, act=None, norm=norm))
+    fit = conv(ni, nf, 1, 1, act=None, norm=norm)
+    if stride == 1: return nn.Sequential(fit)
+    return nn.Sequential(nn.AvgPool2d(stride, ceil_mode=True), fit)
 
 
 def basic_block(
@@ -73,8 +76,10 @@ def bottleneck(
 # %% ../nbs/12_xresnet.ipynb #12c00013
 class XResNet(nn.Module):
     """A stem of 3×3 convolutions, stages of blocks, and the mean of all pixels to a linear layer:
-    `stem`, `stages`, `head`. Same as: timm's resnet18d, 34d, … in layers, order and numbers.
-    Paper: He, Zhang, Zhang, Zhang, Xie & Li 2018. Raises: ValueError, TypeError."""
+    `stem`, `stages`, `head`. A block that is no `ResBlock` starts by `init_cnn`, like the stem.
+    Same as: timm's resnet18d, 34d, … in layers, order and numbers; with its weights, its scores
+    (1e-4 of the largest). Paper: He, Zhang, Zhang, Zhang, Xie & Li 2018.
+    Raises: ValueError, TypeError."""
     def __init__(
         self,
         block: Callable,             # (ni, nf, stride, act, norm) -> module
@@ -86,8 +91,10 @@ class XResNet(nn.Module):
         act: Callable = nn.ReLU,     # makes an activation: one of its own in every place
         norm: Callable | None = nn.BatchNorm2d,       # as in `conv`
     ):
-        if len(n_blocks) != len(widths): raise ValueError(
-            f"n_blocks {tuple(n_blocks)}, widths {tuple(widths)}: give both one number a stage")
+        fits = len(n_blocks) == len(widths) and min(n_blocks, default=0) > 0 and len(stem)
+        if not fits: raise ValueError(
+            f"n_blocks {tuple(n_blocks)}, widths {tuple(widths)}, stem {tuple(stem)}: give "
+            "a number from 1 up for each stage, as many widths, one or more for the stem")
         if isinstance(act, nn.Module): raise TypeError(
             f"act is {act}, one module for all places: give what makes one, {type(act).__name__}")
         super().__init__()
@@ -100,8 +107,8 @@ class XResNet(nn.Module):
             for i, n in enumerate(n_blocks)])
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                                   nn.Linear(sizes[-1], n_classes))
-        init_cnn(self.stem)
-        init_cnn(self.head)
+        foreign = [b for stage in self.stages for b in stage if not isinstance(b, ResBlock)]
+        for part in (self.stem, self.head, *foreign): init_cnn(part)
 
     def forward(self, x: Tensor) -> Tensor: return self.head(self.stages(self.stem(x)))
 

@@ -183,6 +183,55 @@ def test_convolutions_start_by_kaimings_rule():
         assert m.bias is None or not m.bias.any()
 
 
+class Foreign(nn.Module):
+    "A block of somebody else's, whose layers start as PyTorch starts them: uniform, with random biases."
+    def __init__(self, ni, nf, stride=1, act=nn.ReLU, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.layer, self.act = nn.Conv2d(ni, nf, 3, stride, 1), act()
+
+    def forward(self, x): return self.act(self.layer(x))
+
+
+def test_a_foreign_block_starts_by_kaimings_rule_too():
+    torch.manual_seed(0)
+    model = X.XResNet(Foreign, (1, 2), widths=(32, 64), stem=(16, 32))
+    for name, m in find_layers(model.stages, nn.Conv2d).items():
+        assert abs(m.weight.std().item()/math.sqrt(2/m.weight[0].numel()) - 1) < .1 and not m.bias.any(), name
+    def either(ni, nf, stride, act, norm): return Foreign(ni, nf, stride, act) if nf > ni else X.basic_block(ni, nf, stride, act, None)
+    mixed = X.XResNet(either, (1, 2), widths=(4, 8), stem=(4,))
+    kinds = [type(b) for stage in mixed.stages for b in stage]
+    assert kinds == [X.ResBlock, Foreign, X.ResBlock]
+    for b in blocks(mixed): assert not list(find_layers(b.branch, (nn.Conv2d, nn.BatchNorm2d)).values())[-1].weight.any(), "a ResBlock keeps its own start"
+
+
+def test_residual_blocks_are_filled_once_and_before_stem_and_head():
+    "So that a seed means the same network as it did before foreign blocks were filled."
+    torch.manual_seed(5)
+    model = small18()
+    torch.manual_seed(5)
+    stem = nn.Sequential(*[X.conv(a, b, 3, s, nn.ReLU, nn.BatchNorm2d) for a, b, s in ((3, 4, 2), (4, 4, 1), (4, 4, 1))])
+    stages = [X.basic_block(a, b, s) for a, b, s in ((4, 4, 1), (4, 4, 1), (4, 8, 2), (8, 8, 1), (8, 8, 2), (8, 8, 1), (8, 12, 2), (12, 12, 1))]
+    head = nn.Linear(12, 10)
+    X.init_cnn(stem); X.init_cnn(head)
+    by_hand = nn.ModuleList([stem, *stages, head])
+    for p, q in zip(model.parameters(), by_hand.parameters(), strict=True): assert torch.equal(p, q)
+
+
+def test_what_the_docstring_says_of_a_zero_that_is_filled_again():
+    "With norms the zero is a γ and survives; without, it is a convolution's."
+    from exp.conv import init_cnn
+    for norm, survives in ((nn.BatchNorm2d, True), (None, False)):
+        model = init_cnn(small18(norm=norm))
+        for b in blocks(model):
+            last = [m for m in b.branch.modules() if getattr(m, "weight", None) is not None][-1]
+            assert bool(last.weight.any()) != survives
+
+
+@pytest.mark.parametrize("ni, nf, stride, kinds", [(4, 4, 1, []), (4, 6, 1, ["Sequential"]), (4, 4, 2, ["AvgPool2d", "Sequential"]), (4, 6, 3, ["AvgPool2d", "Sequential"])])
+def test_a_shortcut_holds_no_more_than_it_must(ni, nf, stride, kinds):
+    assert [type(m).__name__ for m in X.pool_shortcut(ni, nf, stride)] == kinds
+
+
 def test_one_seed_one_network():
     torch.manual_seed(3); a = small18()
     torch.manual_seed(3); b = small18()
@@ -278,7 +327,12 @@ def test_flops_and_parameters_of_the_two_blocks():
 # --- what is refused -----------------------------------------------------------------------------------------------------------
 
 def test_one_width_a_stage():
-    with pytest.raises(ValueError, match=r"n_blocks \(2, 2, 2, 2\), widths \(8, 8\): .*one number a stage"): X.xresnet18(widths=(8, 8))
+    with pytest.raises(ValueError, match=r"n_blocks \(2, 2, 2, 2\), widths \(8, 8\), .*number from 1 up for each stage"): X.xresnet18(widths=(8, 8))
+
+
+@pytest.mark.parametrize("wrong", [dict(n_blocks=(2, 0, 2, 2)), dict(stem=())])
+def test_a_stage_without_blocks_or_a_stem_without_layers(wrong):
+    with pytest.raises(ValueError, match="from 1 up for each stage"): X.XResNet(X.basic_block, **{"n_blocks": (1, 1, 1, 1), **wrong})
 
 
 def test_an_activation_that_is_made_already():
@@ -453,7 +507,8 @@ def test_receptive_field_judges_behaviour(capsys):
 def test_predictions_and_paths(capsys):
     right = dict(weights=2_359_296, threes=19, side=8, start=0, seen=.015625)
     E.check_predictions(right); E.check_predictions({k: torch.tensor(float(v)) for k, v in right.items()})
-    for key, value, word in (("weights", 2048*2048*9, "quarter"), ("threes", 16, "stem"), ("side", 7, "rounded up"), ("start", 1, "γ"), ("seen", .25, "four")):
+    E.check_predictions(right | dict(seen=.0156))                 # a pencil's rounding
+    for key, value, word in (("weights", 2048*2048*9, "quarter"), ("threes", 16, "stem"), ("side", 7, "rounded up"), ("start", 1, "γ"), ("seen", .25, "four"), ("seen", .015, "four"), ("threes", 18, "stem"), ("side", 8.2, "rounded up"), ("start", 1e-6, "γ")):
         refuses(E.check_predictions, right | {key: value}, word)
     refuses(E.check_predictions, {k: v for k, v in right.items() if k != "seen"}, "needs a number")
     def pascal(n):
@@ -461,7 +516,7 @@ def test_predictions_and_paths(capsys):
         for _ in range(n): row = [a + b for a, b in zip([0, *row], [*row, 0])]
         return row
     for answer in (pascal, lambda n: [math.comb(n, k) for k in range(n + 1)], lambda n: torch.tensor(pascal(n))): E.check_path_lengths(answer)
-    assert capsys.readouterr().out.count("✓") == 5
+    assert capsys.readouterr().out.count("✓") == 6
     refuses(E.check_path_lengths, lambda n: [1]*(n + 1), "two ways")
     refuses(E.check_path_lengths, lambda n: pascal(n)[1:], "make")
     refuses(E.check_path_lengths, lambda n: [2**n - n, *[1]*n], "choose the blocks")

@@ -361,6 +361,67 @@ def xresnet_last(): return xresnet_step(torch.channels_last)
 def xresnet_first(): return xresnet_step(torch.contiguous_format)
 
 
+@bench("two epochs of fine_tune, the first of them frozen, on a small CNN of 64 px, against bare loops that freeze by requires_grad", "≤1.15×")
+def fine_tuning():
+    from exp.conv import simple_cnn
+    from exp.learner import DataLoaders, Learner
+    from exp.transfer import fine_tune
+    torch.set_num_threads(1)
+    batches = [(torch.randn(32, 3, 64, 64), torch.randint(0, 10, (32,))) for _ in range(10)]
+    def net(): torch.manual_seed(0); return simple_cnn((16, 32, 64, 128), ni=3, norm=nn.BatchNorm2d)
+    def groups(model): return [[*model[:-1].parameters()], [*model[-1].parameters()]]
+    def ours(): fine_tune(Learner(net(), DataLoaders(batches), F.cross_entropy, torch.optim.SGD, splitter=groups, quiet=True, device="cpu"), 1, .01)
+    def theirs():
+        model = net()
+        body, head = groups(model)
+        opt = torch.optim.SGD([{"params": body, "lr": 1e-4}, {"params": head, "lr": .01}])
+        for frozen in (True, False):
+            for p in body: p.requires_grad_(not frozen)
+            for xb, yb in batches:
+                F.cross_entropy(model(xb), yb).backward()
+                opt.step(); opt.zero_grad()
+    return ours, theirs
+
+
+@bench("efficientnet_lite0, forward and backward, 16×3×128², against the package's own code", "≤1.05×", needs="efficientnet_lite_pytorch")
+def lite0():
+    from efficientnet_lite_pytorch import EfficientNet
+
+    from exp.transfer import efficientnet_lite0
+    x, y = torch.randn(16, 3, 128, 128), torch.arange(16)
+    def step_of(model):
+        def step():
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+        return step
+    return step_of(efficientnet_lite0()), step_of(EfficientNet.from_name("efficientnet-lite0"))
+
+
+@bench("distances of all pairs of 4,000 hashes of 64 bits, against torch.cdist(p=0)", "≤1.0×")
+def hash_distances():
+    from exp.interpret import hamming
+    bits = torch.rand(4000, 64) < .5
+    return lambda: hamming(bits, bits), lambda: torch.cdist(bits.float(), bits.float(), p=0)
+
+
+@bench("tokenize, rules included, against str.split", "said")
+def tokenizing():
+    from exp.text import tokenize
+    text = "\n".join("A film nobody had expected to be GOOD, isn't it?<br />Number 1989 is sooooo long; café & más." for _ in range(2000))
+    return lambda: tokenize(text), lambda: text.split()
+
+
+@bench("pad_collate of 64 documents of 10 to 1,000 tokens, against torch's pad_sequence", "≤1.2×")
+def padding():
+    from exp.text import PAD_ID, pad_collate
+    samples = [(torch.randint(2, 9999, (int(n),)), 0) for n in torch.randint(10, 1000, (64,))]
+    def theirs():
+        rows, ys = zip(*samples)
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+        return (tokens, torch.tensor([len(row) for row in rows])), torch.tensor(ys)
+    return lambda: pad_collate(samples), theirs
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]: print(json.dumps(ratio(*BENCHES[int(sys.argv[2])][2]())))
     else: main()

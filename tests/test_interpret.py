@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,11 +30,12 @@ from torch import nn
 
 from exp import interpret as I
 from exp.callbacks import EMA
-from exp.data import DataBlock, Normalize, parent_label, random_splitter
+from exp.data import DataBlock, MultiCategorize, Normalize, parent_label, random_splitter
 from exp.exercises import own_photos as E
-from exp.learner import Callback, CancelBatch, DataLoaders, Learner, write_checkpoint
+from exp.learner import Callback, CancelBatch, DataLoaders, Learner, read_checkpoint, write_checkpoint
 from exp.mixup import LabelSmoothingCrossEntropy
 from exp.photos import BadPhoto, PhotoCache, RandomResizedCrop, Resize, image_files, open_byte, open_rgb, to_float
+from exp.precision import MixedPrecision
 from exp.testing import test_like
 from exp.training import cross_entropy
 from exp.transfer import EfficientNetLite, transfer_net
@@ -354,7 +356,8 @@ def test_folds_without_groups():
         with pytest.raises(ValueError, match="2 folds or more, but no more than groups"): I.out_of_fold(train, n, k, groups)
 
 
-@pytest.mark.parametrize("form", [list, tuple, torch.tensor, np.array], ids=["list", "tuple", "tensor", "array"])
+@pytest.mark.parametrize("form", [list, tuple, torch.tensor, np.array, lambda groups: list(torch.tensor(groups)), lambda groups: list(np.array(groups))],
+                         ids=["list", "tuple", "tensor", "array", "list of tensors", "list of numpy's numbers"])
 def test_groups_of_any_kind_do_not_leak(form):
     groups, leaks = [0, 0, 0, 1, 1, 1, 2, 2, 2], []
     def train(fit, hold):
@@ -424,14 +427,6 @@ def test_names_that_are_taken(root, tmp_path):
     assert tree(root) == before
 
 
-@pytest.mark.parametrize("do, word", [("bleu", "'bleu' for red/red_1.png is no class folder"), ("../..", "no class folder"), (".aside", "no class folder"), ("red/", "no class folder")])
-def test_one_bad_row_and_nothing_moves(root, tmp_path, do, word):
-    before = tree(root)
-    path = review(root, {"red/red_0.png": "blue", "red/red_1.png": do}, tmp_path/"list.csv")
-    with pytest.raises(ValueError, match=word): I.apply_review(path, root, dry_run=False)
-    assert tree(root) == before and not (root/".moves.csv").exists()
-
-
 @pytest.mark.parametrize("name", ["../secret.png", "red/gone.png", "red", ""])
 def test_rows_for_files_that_are_not_in_the_folder(root, tmp_path, name):
     picture(1).save(tmp_path/"secret.png")
@@ -460,7 +455,8 @@ def test_a_confirmed_label_moves_nothing(root, tmp_path):
     assert tree(root) == before and not (root/".moves.csv").exists()
 
 
-@pytest.mark.parametrize("rows, word", [(["green,red/red_0.png"], "red/red_0.png is in two rows: keep one"), (["green,red/../red/red_0.png"], "in two rows"), (["blue"], "'' is no file in root"), (["blue,.moves.csv"], "is no file"), (["blue,red/gone.png"], "no file")])
+@pytest.mark.parametrize("rows, word", [(["green,red/red_0.png"], "red/red_0.png is in two rows: keep one"), (["green,red/../red/red_0.png"], "in two rows"), (["blue"], "'' is no file in root"), (["blue,.moves.csv"], "is no file"), (["blue,red/gone.png"], "no file"), (["bleu,red/red_2.png"], "'bleu' for red/red_2.png is no class folder of root: write one, or aside"),
+                                        *(([f"{do},red/red_2.png"], "no class folder") for do in ("../..", ".aside", "red/"))])
 def test_all_rows_or_none(root, tmp_path, rows, word):
     (tmp_path/"list.csv").write_text("\n".join(["do,file", "blue,red/red_1.png", "blue,red/red_0.png", *rows]) + "\n")
     before = tree(root)
@@ -499,6 +495,7 @@ def test_what_cannot_go_back_is_named_and_stays_in_the_log(root, capsys):
     before = tree(root)
     moved(root, "blue,red/red_0.png", "blue,red/red_1.png", "blue,red/red_2.png")
     (root/"red/red_1.png").write_bytes(b"a new one"); (root/"blue/red_2.png").rename(root.parent/"away.png")
+    with (root/".moves.csv").open("a") as f: f.write("green/green_0.png,blue/green_0.png\n")       # killed between log and move
     assert I.undo_review(root) == 1 and (root/"red/red_1.png").read_bytes() == b"a new one" and (root/"blue/red_1.png").exists()
     said = capsys.readouterr().out
     assert "blue/red_1.png did not go back to red/red_1.png" in said and "blue/red_2.png did not go back" in said
@@ -527,12 +524,85 @@ def test_torn_and_foreign_logs(root, tmp_path):
     assert I.undo_review(root) == 0 and tree(root) == before and (tmp_path/"victim").exists() and not (tmp_path/"gone").exists()
 
 
-def test_undo_after_a_move_that_did_not_happen(root, tmp_path):
-    "A process killed between log and move, or a file moved on by hand: what can be put back is."
-    I.apply_review(review(root, {"red/red_0.png": "blue", "red/red_1.png": "blue"}, tmp_path/"l.csv"), root, dry_run=False)
-    with (root/".moves.csv").open("a") as f: f.write("green/green_0.png,blue/green_0.png\n")
-    (root/"blue/red_1.png").rename(tmp_path/"elsewhere.png")
-    assert I.undo_review(root) == 1 and (root/"red/red_0.png").exists() and (root/"green/green_0.png").exists()
+def test_two_reviews_at_once_lose_nothing(root, tmp_path, monkeypatch):
+    "While one moves files, another one and an undo are refused; a dry run is not."
+    for kind in ("red", "green"): picture(len(kind)).save(root/kind/"x.png")
+    before, real, tried = tree(root), Path.rename, []
+    first, second = (review(root, {f"{kind}/x.png": "blue"}, tmp_path/f"{kind}.csv") for kind in ("red", "green"))
+    def rename(self, target):
+        if not tried:
+            tried.append(I.apply_review(second, root))
+            for other in (lambda: I.apply_review(second, root, dry_run=False), lambda: I.undo_review(root)):
+                with pytest.raises(FileExistsError, match="another review moves files in root: wait, or, if it was killed, delete .moves.lock"): other()
+        return real(self, target)
+    monkeypatch.setattr(Path, "rename", rename)
+    I.apply_review(first, root, dry_run=False)
+    I.apply_review(second, root, dry_run=False)
+    assert tried and sorted(tree(root).values()) == sorted(before.values()) and {"blue/x.png", "blue/x-2.png"} <= set(tree(root))
+    assert I.undo_review(root) == 2 and tree(root) == before
+
+
+def test_a_failure_frees_the_folder(root, tmp_path, monkeypatch):
+    path = review(root, {"red/red_0.png": "blue"}, tmp_path/"l.csv")
+    def full(self, target): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(Path, "rename", full)
+        with pytest.raises(OSError, match="No space"): I.apply_review(path, root, dry_run=False)
+    assert len(I.apply_review(path, root, dry_run=False)) == 1 and I.undo_review(root) == 1 and not (root/".moves.lock").exists()
+
+
+def test_folders_that_are_links(root, tmp_path, capsys):
+    "What leads out of the folder could not be undone: nothing goes there, and such a row stays in the log."
+    (tmp_path/"out").mkdir(); (root/"gold").symlink_to(tmp_path/"out"); (root/"rouge").symlink_to("red")
+    before = tree(root)
+    with pytest.raises(ValueError, match="'gold' for red/red_0.png is a link that leads out of root"): moved(root, "blue,red/red_1.png", "gold,red/red_0.png")
+    (root/".aside").symlink_to(tmp_path/"out")
+    with pytest.raises(ValueError, match="'aside' for red/red_0.png is a link"): moved(root, "aside,red/red_0.png")
+    (root/".aside").unlink()
+    assert moved(root, "rouge,blue/blue_0.png")[0][1] == root/"red"/"blue_0.png" and I.undo_review(root) == 1 and tree(root) == before
+    (tmp_path/"out"/"x.png").write_bytes(b"x")
+    (root/".moves.csv").write_text("red/x.png,gold/x.png\n")
+    for _ in range(2):
+        assert I.undo_review(root) == 0 and "gold/x.png did not go back to red/x.png" in capsys.readouterr().out
+    assert (tmp_path/"out"/"x.png").exists()
+
+
+def test_a_relative_link_comes_back_from_aside(root):
+    (root/"red/link.png").symlink_to("../blue/blue_0.png")
+    moved(root, "aside,red/link.png")
+    assert (root/".aside/red/link.png").is_symlink() and not (root/".aside/red/link.png").exists()
+    assert I.undo_review(root) == 1 and (root/"red/link.png").read_bytes() == (root/"blue/blue_0.png").read_bytes()
+
+
+def test_names_of_any_bytes(root, tmp_path, capsys):
+    odd = os.fsdecode(b"r\xf6d.png")
+    try: picture(3).save(root/"red"/odd)
+    except OSError: pytest.skip("this file system wants UTF-8")
+    before = tree(root)
+    path = I.write_review([(root/"red"/odd, "blue", "so"), (root/"red/red_0.png", "blue", "so")], root, tmp_path/"l.csv")
+    content = path.read_bytes()
+    assert b"r\xf6d.png" in content and b"red_0.png" in content
+    path.write_bytes(content.replace(b"\n,red/r\xf6d", b"\nblue,red/r\xf6d"))
+    I.apply_review(path, root)
+    assert "would move red/r?d.png to blue/r?d.png" in capsys.readouterr().out
+    assert len(I.apply_review(path, root, dry_run=False)) == 1 and (root/"blue"/odd).exists()
+    assert I.undo_review(root) == 1 and tree(root) == before
+
+
+def test_a_list_in_another_encoding(root, tmp_path):
+    picture(3).save(root/"red"/"röd.png")
+    (tmp_path/"l.csv").write_bytes("do,file\nblue,red/röd.png\n".encode("cp1252"))
+    with pytest.raises(ValueError, match="is no file in root.*saved as other text than UTF-8"): I.apply_review(tmp_path/"l.csv", root, dry_run=False)
+
+
+def test_a_class_of_the_name_aside(root):
+    (root/"Aside").mkdir()
+    moved(root, "Aside,red/red_0.png", "aside,red/red_1.png")
+    assert (root/"Aside"/"red_0.png").exists() and (root/".aside/red/red_1.png").exists()
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError): I.undo_review(tmp_path/"gone")
 
 
 # --- where does it look? -----------------------------------------------------------------------------------------------------------
@@ -657,14 +727,25 @@ def test_images_that_cannot_be_used(predictor, tmp_path):
         with pytest.raises(BadPhoto, match="neither bytes nor 16 bits: scale them"): predictor(im)
     (tmp_path/"cut.jpg").write_bytes(jpeg()[:1200])
     with pytest.raises(BadPhoto, match="truncated"): predictor(Image.open(tmp_path/"cut.jpg"))
-
-
-def test_images_and_tensors(predictor):
-    im = picture(9, (90, 70))
-    want, tensor = predictor(im), torch.from_numpy(np.array(im)).permute(2, 0, 1)
-    assert predictor(tensor) == want == predictor(im.convert("RGBA"))
-    for wrong in (tensor.float(), tensor[:1], tensor[None], None, 3, [im]):
+    tensor = torch.from_numpy(np.array(picture(9))).permute(2, 0, 1)
+    for wrong in (tensor.float(), tensor[:1], tensor[None], None, 3, [tensor]):
         with pytest.raises(TypeError, match=r"photo is .*give a path, bytes, an Image, or uint8"): predictor(wrong)
+
+
+def test_answering_leaves_the_network_alone(kept):
+    "It answers as in evaluation, in whatever mode it is."
+    predict = I.load_predictor(kept, device="cpu")
+    want, before = predict(picture(3)), copy.deepcopy(predict.model.state_dict())
+    predict.model.train()
+    assert predict(picture(3)) == want and all(m.training for m in predict.model.modules())
+    for name, value in predict.model.state_dict().items(): assert torch.equal(value, before[name]), name
+
+
+def test_a_name_for_each_score(predictor):
+    about = dict(size=(64, 64), mean=NORM[0], std=NORM[1], device="cpu")
+    with pytest.raises(ValueError, match=r"\['a', 'a', 'b'\]: all need names of their own"): I.Predictor(predictor.model, ["a", "a", "b"], **about)
+    for names in (["a", "b"], ["a", "b", "c", "d"]):
+        with pytest.raises(ValueError, match="zip"): I.Predictor(predictor.model, names, **about)(picture(3))
 
 
 def test_photos_that_cannot_be_read(predictor, tmp_path):
@@ -729,6 +810,12 @@ def test_an_older_predictor_is_replaced_and_nothing_else(folder, learn, saved, t
 
 def test_what_is_somebody_elses_stays(learn, tmp_path):
     make = partial(I.export, learn, build="exp.xresnet:xresnet18", **SMALL)
+    for name in ("p", "new"):                                     # one that is there, and one that is not
+        if name == "p": make(tmp_path/name)
+        (tmp_path/f".{name}.old").mkdir(); (tmp_path/f".{name}.old"/"diary.txt").write_text("dear")
+        before = tree(tmp_path)
+        with pytest.raises(FileExistsError, match=rf"\.{name}\.old holds other things than a predictor"): make(tmp_path/name)
+        assert tree(tmp_path) == before
     for name in ("own", "both"): (tmp_path/name).mkdir()
     learn.save(tmp_path/"own"/"weights.pt")
     for name, text in (("weights.pt", "mine"), ("description.json", '{"format": "my own"}')): (tmp_path/"both"/name).write_text(text)
@@ -766,14 +853,15 @@ def test_killed_between_two_renames_then_a_full_disk(learn, tmp_path, monkeypatc
 
 
 def test_exports_at_once_leave_one_whole_predictor(learn, tmp_path):
-    state, about = learn.model.state_dict(), json.loads((I.export(learn, tmp_path/"p", "exp.xresnet:xresnet18", **SMALL)/"description.json").read_text())
+    where = I.export(learn, tmp_path/"p", "exp.xresnet:xresnet18", **SMALL)
+    content, about = read_checkpoint(where/"weights.pt"), json.loads((where/"description.json").read_text())
     def go():
-        try: I._write_whole(tmp_path/"p", dict(about), state)
+        try: I._write_whole(tmp_path/"p", dict(about), content)
         except OSError: pass                                     # another one was quicker
     threads = [threading.Thread(target=go) for _ in range(6)]
     for t in threads: t.start()
     for t in threads: t.join()
-    I._write_whole(tmp_path/"p", dict(about), state)
+    I._write_whole(tmp_path/"p", dict(about), content)
     I.load_predictor(tmp_path/"p")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["p"]
 
@@ -788,13 +876,32 @@ def test_what_cannot_be_read_back_is_not_written(folder, learn, tmp_path):
 
 
 def test_a_network_that_answers_otherwise_is_not_exported(folder, tmp_path):
-    "The same shapes, another activation."
-    learn = learner(folder, net=xresnet18(3, act=nn.SiLU, **SMALL))
-    learn.fit(1)
-    with pytest.raises(ValueError, match="build makes another network.*differ by"): I.export(learn, tmp_path/"p", "exp.xresnet:xresnet18", **SMALL)
+    "The same shapes, another activation, be it nearly the same."
+    for act in (nn.SiLU, partial(nn.LeakyReLU, .03)):
+        learn = learner(folder, net=xresnet18(3, act=act, **SMALL))
+        learn.fit(1)
+        with pytest.raises(ValueError, match="build makes another network.*differ by"): I.export(learn, tmp_path/"p", "exp.xresnet:xresnet18", **SMALL)
     odd = learner(folder, net=my_net(3, 5))
     with torch.no_grad(): odd.model[3].bias[1] = float("inf")
     with pytest.raises(ValueError, match="NaN"): I.export(odd, tmp_path/"p", "mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_is_not_taken_for_another_network(folder, tmp_path):
+    learn = learner(folder, cbs=MixedPrecision(torch.bfloat16))
+    listening, before = list(learn.cbs), learn.predict()
+    predict = I.load_predictor(I.export(learn, tmp_path/"p", "exp.xresnet:xresnet18", **SMALL), device="cpu")
+    assert learn.cbs == listening and torch.equal(learn.predict(), before) and set(predict(picture(1))) == set(KINDS)
+
+
+def test_what_no_predictor_can_say(folder, learn, tmp_path):
+    many = DataBlock(image_files, random_splitter(0), lambda file: [parent_label(file)], [open_byte, Resize(64)], [to_float, Normalize(*NORM)], y_tfms=[MultiCategorize()])
+    several = Learner(learn.model, many.dataloaders(folder, 4, num_workers=0), F.binary_cross_entropy_with_logits, quiet=True, device="cpu")
+    with pytest.raises(TypeError, match="several classes per photo"): I.export(several, tmp_path/"p", "exp.xresnet:xresnet18", **SMALL)
+    alone = Learner(learn.model, DataLoaders(learn.dls.train), cross_entropy, quiet=True, device="cpu")
+    with pytest.raises(ValueError, match="there is no validation loader"): I.export(alone, tmp_path/"p", "exp.xresnet:xresnet18", **SMALL)
+    five = learner(folder, net=xresnet18(5, **SMALL))
+    with pytest.raises(ValueError, match="names of their own"): I.export(five, tmp_path/"p", "exp.xresnet:xresnet18", n_classes=5, **SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -836,7 +943,7 @@ PHOTO = {"short_side": None, "size": [64, 64], "crop": True, "mean": [.5, .4, .3
 
 
 @pytest.mark.parametrize("changes, word", [
-    ({"format": "exp predictor 2"}, r"of \('exp predictor 2', .*not of \('exp predictor 1', "), ({"build": "os:system"}, "'os:system' is not one of exp.transfer:transfer_net"),
+    ({"format": "exp predictor 1"}, r"of \('exp predictor 1', .*not of \('exp predictor 2', "), ({"build": "os:system"}, "'os:system' is not one of exp.transfer:transfer_net"),
     ({"build": "exp.xresnet:bottleneck"}, "is not one of"), ({"build": ["x"]}, "TypeError"), ({"classes": [*KINDS, "violet"]}, "names of their own"), ({"classes": KINDS[:2]}, "names of their own"),
     ({"classes": "abc"}, "names of their own"), ({"classes": ["a", "a", "b"]}, "names of their own"), ({"classes": [1, 2, 3]}, "names of their own"), ({"classes": [["a"], ["b"], ["c"]]}, "names of their own"),
     ({"classes": 5}, "TypeError"), ({"arguments": [3]}, "TypeError"), ({"arguments": {"n_classes": 3, "colour": 1, **SMALL}}, "colour"), ({"arguments": {"n_classes": 3, **SMALL, "act": "os.system"}}, "str"),
@@ -890,9 +997,9 @@ def test_nothing_in_a_predictor_is_run(kept, monkeypatch):
 def test_weights_that_are_no_numbers(kept, learn):
     state = {k: v.clone() for k, v in learn.model.state_dict().items()}
     state["head.2.bias"][0] = float("inf")
-    write_checkpoint({"model": state}, kept/"weights.pt")
+    write_checkpoint(read_checkpoint(kept/"weights.pt") | {"model": state}, kept/"weights.pt")
     seal(kept)
-    with pytest.raises(ValueError, match="names of their own, and numbers"): I.load_predictor(kept)
+    with pytest.raises(ValueError, match="one of NaN"): I.load_predictor(kept)
 
 
 def test_another_scale_is_named(folder, tmp_path, monkeypatch):
@@ -911,6 +1018,14 @@ def test_a_network_of_ones_own(folder, tmp_path):
     with pytest.raises(ValueError, match="'my_net' is not one of .*give build="): I.load_predictor(where)
     predict = I.load_predictor(where, my_net, device="cpu")
     assert set(predict(picture(3))) == set(KINDS)
+    class Bent(nn.Sequential):
+        def forward(self, x): return super().forward(x.relu())
+    with pytest.raises(ValueError, match="build makes another network"): I.load_predictor(where, lambda n_classes, width: Bent(*my_net(n_classes, width)), device="cpu")
+
+
+def test_a_device_that_is_not_here_is_no_fault_of_the_predictor(saved):
+    with pytest.raises((RuntimeError, AssertionError)) as error: I.load_predictor(saved, device="cuda:77")
+    assert "export it again" not in str(error.value)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------------------------
@@ -1010,10 +1125,11 @@ def test_a_network_without_maps_or_without_an_answer(net, status):
 
 
 def test_a_small_file_of_many_pixels(server):
-    file = io.BytesIO()
-    Image.new("1", (8000, 7501)).save(file, "PNG")
-    reply, found = ask(server, "POST", "/predict", file.getvalue())
-    assert len(file.getvalue()) < 100_000 and reply.status == 400 and "more than 60,000,000 pixels" in found["error"]
+    for size, word in (((8000, 7501), "more than 60,000,000 pixels"), ((20_000, 20_000), "bomb")):
+        file = io.BytesIO()
+        Image.new("1", size).save(file, "PNG")
+        reply, found = ask(server, "POST", "/predict", file.getvalue())
+        assert len(file.getvalue()) < 100_000 and reply.status == 400 and word in found["error"]
 
 
 def test_clients_that_leave_make_no_noise(server, capfd):
@@ -1091,15 +1207,29 @@ def test_checkers_take_every_right_answer_and_name_what_is_wrong(capsys):
     wrong(E.check_mirrored, lambda bits, size=8: bits.view(8, 8), "in one row")
     wrong(E.check_mirrored, lambda bits, size=8: bits.logical_not_(), "work on a copy")
 
-    def confident(probs, labels):
-        p, y = probs.numpy(), labels.numpy()
-        t = np.array([p[y == j, j].mean() if (y == j).any() else 9 for j in range(p.shape[1])])
-        sure = np.where(p >= t, p, -1)
-        return ((sure.max(1) > 0) & (sure.argmax(1) != y)).tolist()
-    E.check_confident_errors(confident)
-    wrong(E.check_confident_errors, lambda p, y: p.argmax(1) != y, "is doubted, but")
-    wrong(E.check_confident_errors, lambda p, y: torch.zeros(len(y), dtype=torch.bool), "is not doubted")
-    wrong(E.check_confident_errors, lambda p, y: p, "one row")
+    def joined(n, pairs):
+        groups = [{i} for i in range(n)]
+        for i, j in pairs:
+            both = groups[i] | groups[j]
+            for k in both: groups[k] = both
+        return groups
+    for form in (lambda groups: [min(g) for g in groups], lambda groups: torch.tensor([max(g) for g in groups]), lambda groups: np.array([min(g) for g in groups]),
+                 lambda groups: tuple(map(frozenset, groups)), lambda groups: [f"photo {min(g)}" for g in groups]):
+        E.check_keep_together(lambda n, pairs, form=form: form(joined(n, pairs)))
+    def once(n, pairs):
+        "No second look: a late bridge leaves one end behind."
+        names = list(range(n))
+        for i, j in pairs: names[j] = names[i]
+        return names
+    def by_first(n, pairs): return [min([i, *(j for pair in pairs if i in pair for j in pair)]) for i in range(n)]
+    wrong(E.check_keep_together, lambda n, pairs: list(range(n)), "one pair: a chain of pairs joins photos 1 and 3, but")
+    wrong(E.check_keep_together, once, "a late bridge: a chain of pairs joins photos 0 and 3, but their names differ: a double of a double")
+    wrong(E.check_keep_together, by_first, "a double of a double")
+    wrong(E.check_keep_together, lambda n, pairs: [0]*n, "no pairs: photos 0 and 1 share a name, but no chain")
+    wrong(E.check_keep_together, lambda n, pairs: joined(n, pairs), "such as numbers")
+    wrong(E.check_keep_together, lambda n, pairs: list(range(n - 1)), "a list of 5 names, one for each photo")
+    wrong(E.check_keep_together, lambda n, pairs: dict(enumerate(range(n))), "one for each photo")
+    wrong(E.check_keep_together, lambda n, pairs: pairs.append(1) or list(range(n)), "work on a copy")
 
     def occlusion(score, photo, box):
         out = []
@@ -1115,7 +1245,7 @@ def test_checkers_take_every_right_answer_and_name_what_is_wrong(capsys):
     wrong(E.check_occlusion_map, lambda s, x, b: torch.zeros(x.shape[1]//b, x.shape[2]//b), "off by")
     wrong(E.check_occlusion_map, lambda s, x, b: x.zero_(), "cover a copy")
 
-    right = dict(strangers=32, pairs=4_999_950_000, taught=480, total=7, lucky=5)
+    right = dict(strangers=32, pairs=4_999_950_000, taught=480, alarms=2001, lucky=5)
     E.check_predictions(right)
     for key in right: wrong(E.check_predictions, right | {key: 1.5}, key)
 
@@ -1124,4 +1254,4 @@ def test_checkers_take_every_right_answer_and_name_what_is_wrong(capsys):
     wrong(E.check_refusal_threshold, lambda top, keep: 1.1, "only 0% are answered")
     wrong(E.check_refusal_threshold, lambda top, keep: top.quantile(1 - keep).item() + 1e-3, "only|not the largest")
     wrong(E.check_refusal_threshold, lambda top, keep: top, "one number")
-    assert capsys.readouterr().out.count("✓") == 5
+    assert capsys.readouterr().out.count("✓") == 9

@@ -10,6 +10,7 @@ __all__ = ['bodies', 'Body', 'load_weights', 'pretrained', 'AdaptiveConcatPool2d
 # %% ../nbs/12a_transfer.ipynb #434afcb2
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -45,21 +46,6 @@ class Body(NamedTuple):
     size: int                       # side of those photos, pixels
     weights: Callable[[nn.Module], Mapping[str, Tensor]]  # a fresh network -> its trained weights
 
-# %% ../nbs/12a_transfer.ipynb #37705b27
-def load_weights(
-    model: nn.Module,         # receives them
-    state: Mapping[str, Tensor],  # name -> tensor, as `state_dict` gives
-) -> nn.Module:               # the model
-    "Copy weights into a model. Raises: ValueError naming the first that does not fit."
-    here, there = ({key: [*getattr(v, "shape", ())] for key, v in s.items()}
-                   for s in (model.state_dict(), state))
-    for key in here | there:
-        ours, theirs = here.get(key, "missing"), there.get(key, "missing")
-        if ours != theirs: raise ValueError(f"the weights are of another model: {key} is {theirs} "
-            f"there and {ours} here; build the model that they were saved from")
-    model.load_state_dict(state)
-    return model
-
 # %% ../nbs/12a_transfer.ipynb #12810a12
 _PIXELS = ((.455, .448, .418), (.273, .27, .287))     # Imagenette's mean and deviation
 
@@ -91,7 +77,22 @@ def _take_course(network: nn.Module, course: dict, path: Path) -> None:
     half = [MixedPrecision()] if native_half(learn.device) else []
     learn.fit(course["epochs"], cbs=[one_cycle(course["lr"]), *half])
 
+# %% ../nbs/12a_transfer.ipynb #37705b27
+def load_weights(
+    model: nn.Module,         # receives them
+    state: Mapping[str, Tensor],  # name -> tensor, as `state_dict` gives
+) -> nn.Module:               # the model
+    "Copy weights into a model. Raises: ValueError naming the first that does not fit."
+    here, there = ({key: [*getattr(v, "shape", ())] for key, v in s.items()}
+                   for s in (model.state_dict(), state))
+    for key in here | there:
+        ours, theirs = here.get(key, "missing"), there.get(key, "missing")
+        if ours != theirs: raise ValueError(f"the weights are of another model: {key} is {theirs} "
+            f"there and {ours} here; build the model that they were saved from")
+    model.load_state_dict(state)
+    return model
 
+# %% ../nbs/12a_transfer.ipynb #8c5e17d4
 def _course_weights(network: nn.Module) -> Mapping[str, Tensor]:
     "The weights from the file of this course, or after taking it: the file appears when whole."
     course, path = _course(), fetch("imagenette2-160")
@@ -100,18 +101,22 @@ def _course_weights(network: nn.Module) -> Mapping[str, Tensor]:
     file = cache_folder()/"models"/f"xresnet18-{digest}.pt"
     try: return load_weights(network, read_checkpoint(file)["model"]).state_dict()
     except FileNotFoundError: print(f"no {file.name} yet: training it", end="")
-    except ValueError as error: print(f"{file.name}: {error}: training it anew", end="")
+    except (ValueError, AttributeError) as error:     # damaged, or of another network
+        print(f"{file.name}: {error}: training it anew", end="")
     print(f", {course['epochs']} epochs: about 20 minutes on two cores, seconds at tiny scale")
-    file.parent.mkdir(parents=True, exist_ok=True)          # a folder that fails, fails now
-    with same_randomness():
-        set_seed(course["seed"])
-        learner = _small_or_full()
-        _take_course(learner, course, path)
-    state = learner.state_dict()
-    if not all(v.isfinite().all() for v in state.values()): raise FloatingPointError(
-        f"the training of {file.name} diverged: try another device or version of PyTorch")
     own = file.with_name(f"{file.stem}-{os.getpid()}.pt")   # two processes do not share a file
-    os.replace(write_checkpoint({"model": state}, own), file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    own.touch()                                             # a folder that fails, fails now
+    try:
+        with same_randomness():
+            set_seed(course["seed"])
+            learner = _small_or_full()
+            _take_course(learner, course, path)
+        state = learner.state_dict()
+        if not all(v.isfinite().all() for v in state.values()): raise FloatingPointError(
+            f"the training of {file.name} diverged: try another device or version of PyTorch")
+        os.replace(write_checkpoint({"model": state}, own), file)
+    finally: own.unlink(missing_ok=True)
     return read_checkpoint(file)["model"]
 
 # %% ../nbs/12a_transfer.ipynb #e7236800
@@ -129,8 +134,9 @@ def pretrained(
 ) -> nn.Module:           # on the CPU, a new one each time
     """A body that has seen photos: `cut` from its network. What is missing is trained first.
     Raises: ValueError, ModuleNotFoundError without the package, FloatingPointError."""
-    network = _body(name).build()
-    load_weights(network, _body(name).weights(network))
+    body = _body(name)
+    network = body.build()
+    load_weights(network, body.weights(network))
     return network if head else cut(network)
 
 # %% ../nbs/12a_transfer.ipynb #da890c64
@@ -138,6 +144,16 @@ class AdaptiveConcatPool2d(nn.Module):
     "The mean and the maximum of every channel, side by side. Same as: fastai's, means first."
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x.mean((-2, -1), True), x.amax((-2, -1), True)], -3)
+
+# %% ../nbs/12a_transfer.ipynb #4a9be3f0
+def _before(module: nn.Module, pool: nn.Module | None) -> list[nn.Module]:
+    "What stands before a pool in order of definition, layers that hold it opened."
+    layers = []
+    inside = module if isinstance(module, nn.Sequential) else module.children()
+    for child in inside:                 # `children` drops what stands there a second time
+        if any(m is pool for m in child.modules()): return layers + _before(child, pool)
+        layers.append(child)
+    return layers
 
 # %% ../nbs/12a_transfer.ipynb #f0632e87
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, AdaptiveConcatPool2d)
@@ -151,37 +167,31 @@ def _two_photos(model: nn.Module) -> Tensor:
     return torch.randn(2, c_in, 72, 64, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def _before(module: nn.Module, pool: nn.Module | None) -> list[nn.Module]:
-    "What stands before a pool in order of definition, layers that hold it opened."
-    layers = []
-    for child in module.children():
-        if any(m is pool for m in child.modules()): return layers + _before(child, pool)
-        layers.append(child)
-    return layers
-
-
 def cut(
     model: nn.Module,    # photos -> scores, with an adaptive pool before its last layers
 ) -> nn.Sequential:      # the body: the same layers, not copies
     """All that stands before the pooling that makes a vector of a photo. Raises: ValueError for a
-    model without one, or one that does more than run its layers in order of definition."""
+    model without one, or, as far as two random photos show, one that does more than run its layers
+    in order of definition."""
     pool = next((m for m in reversed([*model.modules()]) if isinstance(m, _POOLS)), None)
     body, agrees, why = nn.Sequential(*_before(model, pool)), False, None
     try: agrees = _agrees(model, body, pool)
     except Exception as error: why = error         # a foreign forward can fail in any way
     if not agrees: raise ValueError(
         f"{type(model).__name__} does more than run its layers in order, or lacks a convolution "
-        "or an adaptive pool: cut by hand, nn.Sequential(layer, …)") from why
+        "or an adaptive pool: cut by hand, nn.Sequential(nn.Sequential(layer, …), create_head(…))"
+        ) from why
     return body
 
 
 def _agrees(model: nn.Module, body: nn.Module, pool: nn.Module) -> bool:
     "Is what the body says what the pool is given, and all that the scores hang on?"
-    given, xb, inside = [], _two_photos(model), {*body.parameters()}
+    given, inside = [], {*body.parameters()}
     loose = {p for m in model.modules() if any(m.children()) for p in m.parameters(recurse=False)}
     with as_found(model), torch.no_grad(), Hooks([pool], lambda hook, pool, inp, out: given.append(
             (inp[0].clone(), out.fill_(1)))):        # behind the pool both photos look alike
-        alike = torch.allclose(*model.eval()(xb.clone()), equal_nan=True)
+        xb = _two_photos(model.eval())
+        alike = torch.allclose(*model(xb.clone()), equal_nan=True)
         same = torch.allclose(given[-1][0], body(xb), equal_nan=True)
     return bool(inside) and loose <= inside and alike and same
 
@@ -191,9 +201,9 @@ def n_features(
 ) -> int:
     """How many channels a body gives, by a look at two random photos, in evaluation mode: modes,
     averages and random numbers stay as they are. Raises: ValueError."""
-    xb = _two_photos(body)
     with as_found(body), torch.no_grad():
-        try: bs, channels, h, w = body.eval()(xb).shape
+        xb = _two_photos(body.eval())
+        try: bs, channels, h, w = body(xb).shape
         except Exception as error: raise ValueError(f"the body cannot take photos {(*xb.shape,)}, "
             f"or gives no (bs, channels, h, w): use cut(model) ({error})") from error
     return channels
@@ -220,9 +230,10 @@ def transfer_model(
     n_classes: int,         # scores per photo
     **head,                 # hidden and p of `create_head`
 ) -> nn.Sequential:         # body and head; the body is used, not copied
-    "A body under a new head, both in training mode."
+    "A body under a new head of the same precision and device, both in training mode."
     body = pretrained(body) if isinstance(body, str) else body
-    return nn.Sequential(body, create_head(n_features(body), n_classes, **head)).train()
+    new, like = create_head(n_features(body), n_classes, **head), next(body.parameters(), None)
+    return nn.Sequential(body, new if like is None else new.to(like)).train()
 
 
 def transfer_net(
@@ -244,6 +255,9 @@ class FrozenNorms(Callback):
             own = [*m.parameters(recurse=False)]
             if hasattr(m, "running_mean") and own and not any(p.requires_grad for p in own):
                 m.eval()
+
+    def state_dict(self) -> dict: return {}                            # a resume asks for it
+    def load_state_dict(self, state: dict) -> None: "Nothing to put back."
 
 # %% ../nbs/12a_transfer.ipynb #81fd25de
 def _body_units(module: nn.Module) -> list[nn.Module]:
@@ -268,20 +282,35 @@ def split_groups(
 # %% ../nbs/12a_transfer.ipynb #ed43bb07
 class Unfreeze(Callback):
     """Let group after group join in: Unfreeze(-1, -2, 0) is the head, then two groups, then all.
-    However the fit ends, nothing stays frozen that was not before. Raises: ValueError."""
+    However the fit ends, what was frozen before it is frozen again, and nothing else.
+    Raises: ValueError, TypeError."""
     order = -90
     def __init__(
         self,
         *first: int,    # for each epoch the first group that learns; the last one stays
     ):
-        if not first or not all(hasattr(n, "__index__") for n in first): raise ValueError(
-            f"first is {first}: Unfreeze needs whole numbers to begin with, as Unfreeze(-1, 0)")
-        self.first = first
+        if not first: raise ValueError("which group first? Give numbers, as Unfreeze(-1, 0)")
+        self.first = tuple(map(operator.index, first))
+
+    def before_fit(self, learn: Learner):
+        n = len(learn.groups)
+        if not all(-n < first < n for first in self.first): raise ValueError(
+            f"first is {self.first} for {n} group(s) of parameters: a splitter makes more")
+        self.frozen = learn._frozen                      # by the user's own `freeze_to`
 
     def before_epoch(self, learn: Learner):
-        for n in (*self.first, self.first[:learn.epoch + 1][-1]): learn.freeze_to(n)  # all tried
+        learn.freeze_to(self.first[min(learn.epoch, len(self.first) - 1)])
 
-    def after_fit(self, learn: Learner): learn.unfreeze()
+    def after_fit(self, learn: Learner):
+        learn.unfreeze()
+        for p in self.frozen: p.requires_grad_(False)
+        learn._frozen = self.frozen
+
+    def state_dict(self) -> dict: return {"first": [*self.first]}
+    def load_state_dict(self, state: dict) -> None:
+        if state["first"] != [*self.first]: raise ValueError(
+            f"the checkpoint was made with Unfreeze{(*state['first'],)}, not {self.first}: resume "
+            "with the same plan, in fine_tune with the same freeze_epochs")
 
 
 def _two_cycles(top: float, share: float) -> ParamScheduler:
@@ -305,10 +334,11 @@ def fine_tune(
 ) -> None:
     """Train the head, then all, early layers with smaller rates: one fit of freeze_epochs + n.
     Give the loader drop_last=True: a head's norm fails on a batch of one. Raises: ValueError."""
-    rates = () if isinstance(base_lr, Iterable) else (base_lr, ratio)
-    fits = n > 0 <= freeze_epochs and rates and all(0 < rate < float("inf") for rate in rates)
-    if not fits: raise ValueError(f"n is {n}, freeze_epochs {freeze_epochs}, base_lr {base_lr}, "
-        f"ratio {ratio}: give 1 or more, 0 or more, and two finite numbers above 0")
+    inf, one_rate = float("inf"), not isinstance(base_lr, Iterable)
+    rates_fit = one_rate and 0 < base_lr < inf and 0 < ratio < inf
+    if n < 1 or freeze_epochs < 0 or not rates_fit: raise ValueError(
+        f"n is {n}, freeze_epochs {freeze_epochs}, base_lr {base_lr}, ratio {ratio}: give 1 or "
+        "more, 0 or more, and two finite numbers above 0")
     more = cbs if isinstance(cbs, Iterable) else [cbs]
     schedule = _two_cycles(base_lr, freeze_epochs/(freeze_epochs + n))
     learn.fit(freeze_epochs + n, spread(base_lr/ratio, base_lr, len(learn.groups)), resume=resume,
@@ -319,9 +349,11 @@ def _lite(ni: int, nf: int, ks: int, stride: int = 1, act: bool = True,
           groups: int = 1) -> nn.Sequential:
     "Convolution, norm, ReLU6. Zeros as TensorFlow puts them around sides that stride divides."
     spare = max(ks - stride, 0)
-    pad = [nn.ZeroPad2d((spare//2, spare - spare//2)*2)]*(spare % 2)
-    conv = nn.Conv2d(ni, nf, ks, stride, 0 if pad else spare//2, groups=groups, bias=False)
-    return nn.Sequential(*pad, conv, nn.BatchNorm2d(nf, 1e-3), *[nn.ReLU6()]*act)
+    front, back = spare//2, spare - spare//2
+    pad = [] if front == back else [nn.ZeroPad2d((front, back, front, back))]
+    conv = nn.Conv2d(ni, nf, ks, stride, 0 if pad else front, groups=groups, bias=False)
+    last = [nn.ReLU6()] if act else []
+    return nn.Sequential(*pad, conv, nn.BatchNorm2d(nf, 1e-3), *last)
 
 
 class MBConv(nn.Module):
@@ -337,7 +369,7 @@ class MBConv(nn.Module):
     ):
         super().__init__()
         wide = ni*expand
-        first = [_lite(ni, wide, 1)]*(expand > 1)
+        first = [_lite(ni, wide, 1)] if expand > 1 else []
         self.branch = nn.Sequential(*first, _lite(wide, wide, ks, stride, groups=wide),
                                     _lite(wide, nf, 1, act=False))
         self.adds = stride == 1 and ni == nf

@@ -18,9 +18,10 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 
 import numpy as np
 import torch
@@ -28,9 +29,12 @@ from torch import Tensor
 
 from .data import ItemLoaders, Transform
 from .datasets import cache_folder
-from .loaders import DataLoader, Dataset, Sampler, collate, cpus
+from .loaders import BatchSampler, DataLoader, Dataset, Sampler, collate, cpus
 
 # %% ../nbs/12c_text.ipynb #317fb532
+_CODES = [chr(code) for code in range(32) if chr(code) not in "\t\n\r\f"]    # of no text
+
+
 def open_text(
     path: str | os.PathLike,  # a file of text
     encoding: str = "utf-8",  # how characters became bytes
@@ -39,8 +43,9 @@ def open_text(
     content = Path(path).read_bytes()
     try:
         text = content.decode(encoding).removeprefix("\ufeff")
-        if 3*text.count("\0") > len(text):      # as of letters in two bytes each, read one by one
-            raise UnicodeDecodeError(encoding, content, content.index(0), 0, "NUL")
+        if 3*sum(map(text.count, _CODES)) > len(text):     # letters of two bytes, read one by one
+            at = min(map(content.find, {*content} & {*map(ord, _CODES)}), default=0)
+            raise UnicodeDecodeError(encoding, content, at, at, "controls")
         return text
     except UnicodeDecodeError as error: raise ValueError(
         f"{os.fspath(path)!r} is not in {encoding} (byte {content[error.start]:#04x} at "
@@ -51,29 +56,35 @@ SPECIALS = "<unk>", "<pad>", "<begin>", "<line>", "<cap>", "<up>", "<rep>"
 UNKNOWN, PAD, BEGIN, LINE, CAPITAL, UPPER, REPEAT = SPECIALS
 UNKNOWN_ID, PAD_ID, BEGIN_ID = 0, 1, 2
 
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x1E950))
+                 if unicodedata.category(c)[0] == "M") + "\u200c\u200d"    # and two joiners
+_PILE = re.compile(rf"(?![\w\s])([{_MARKS}]{{30}})[{_MARKS}]++")    # (?!…): no letter, seen at once
 _BREAK = re.compile(r"<br\s*+/?>|\r\n?", re.I)
 _CONTROLS = dict.fromkeys([*range(9), *range(14, 32), 127], " ") | {
     code: bytes([code]).decode("cp1252", "ignore") or " " for code in range(128, 160)} | {
-    0x92: "'", 0x2019: "'", 0xad: ""}       # apostrophes as they are typed; no soft hyphens
+    0x92: "'", 0x2019: "'", 0x200b: " "} | dict.fromkeys(  # apostrophes as they are typed
+    (0xad, 0x200e, 0x200f, 0x2060, 0xfeff), "")            # nothing to see: soft hyphens, …
 
 
 def _clean(text: str) -> str:
     "Text as people read it, whatever its source."
     text = re.sub("&#[0-9]{8,};?", "\ufffd", _BREAK.sub("\n", text))    # numbers of no character
     text = html.unescape(text).translate(_CONTROLS)
-    return unicodedata.normalize("NFC", text).strip()
+    if not text.isascii(): text = unicodedata.normalize("NFC", _PILE.sub(r"\1", text))
+    return text.strip()
 
 # %% ../nbs/12c_text.ipynb #b6d50f7e
-_MARKS = "".join(c for c in map(chr, range(0x300, 0x1E950))
-                 if unicodedata.category(c)[0] == "M") + "\u200c\u200d"    # and two joiners
-
-
 def _splitter(marks: str, flags: int) -> re.Pattern:
     "A pattern that finds tokens; without marks it is faster."
-    word = rf"\w*+(?:[{marks}]++\w*+)*+" if marks else r"\w*+"
-    runs = "|".join(rf"\{c}++" for c in ".!?-*=~")
-    return re.compile(rf"[^\W\d]{word}|(?<=[\w{marks}])'(?=\w){word}|{runs}|\n\s*+|"
-                      rf"\d++(?:[.,:/]\d++)++|\w{word}|[^\w\s]", flags)
+    rest = rf"\w*+(?:[{marks}]++\w*+)*+" if marks else r"\w*+"
+    return re.compile("|".join([
+        rf"[^\W\d]{rest}",                   # a word
+        rf"(?<=[\w{marks}])'(?=\w){rest}",   # an apostrophe between letters, and what follows it
+        *(rf"\{c}++" for c in ".!?-*=~"),    # a run
+        r"\n\s*+",                           # a line's end, and empty lines
+        r"\d++(?:[.,:/]\d++)++",             # a number with points
+        rf"\w{rest}",                        # what else begins with a digit
+        r"[^\w\s]"]), flags)                 # any other character
 
 
 _ASCII, _ANY = _splitter("", re.ASCII), _splitter(_MARKS, 0)
@@ -96,11 +107,12 @@ def _marked(token: str) -> tuple[str, ...]:
 def tokenize(
     text: str,     # of any length, in any script that parts words by spaces
 ) -> list[str]:    # at least <begin>
-    "Split a text into tokens; the search takes time in proportion to its length."
+    "Split a text into tokens, in time that grows in proportion to its length."
     clean = _clean(text)
     tokens = (_ASCII if clean.isascii() else _ANY).findall(clean)
-    known = _marked if max(map(len, tokens), default=0) < 1000 else _marked.__wrapped__
-    return [BEGIN, *chain.from_iterable(map(known, tokens))]
+    huge = max(map(len, tokens), default=0) >= 1000
+    rewrite = _marked.__wrapped__ if huge else _marked         # without a memory, or with it
+    return [BEGIN, *chain.from_iterable(map(rewrite, tokens))]
 
 # %% ../nbs/12c_text.ipynb #614686ce
 _GLUE = [(re.compile(pattern), put) for pattern, put in (
@@ -125,16 +137,55 @@ def detokenize(
     return unicodedata.normalize("NFC", text)
 
 # %% ../nbs/12c_text.ipynb #6d6b77ad
-_PROBE = "<br />&amp; It's NASA's (É) İ 7/10 sooooo!!!!! well-known हि \x92\u200d\n"
+_PLAIN = str, bytes, int, float, complex, type(None), type(...)
+
+
+def _names(code: CodeType) -> set[str]:
+    "The names in a function's code, and in the functions in it."
+    return {*code.co_names}.union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+
+
+def _contents(x: object, home: str | None, seen: dict) -> object:
+    "Texts and lists that tell what runs: in its module `home` all code, and what its names hold."
+    def inner(*parts: object) -> list: return [_contents(part, home, seen) for part in parts]
+    if isinstance(x, _PLAIN): return repr(x)
+    if isinstance(x, CodeType): return inner(x.co_code, *x.co_names, *x.co_consts)
+    if isinstance(x, re.Pattern): return inner(x.pattern, x.flags)
+    if isinstance(x, Mapping): return inner(*chain.from_iterable(x.items()))
+    if isinstance(x, (list, tuple)): return inner(*x)
+    if isinstance(x, (set, frozenset)): return sorted(map(repr, x))
+    if isinstance(x, partial): return inner(x.func, x.args, x.keywords)
+    if isinstance(x, property): return inner(x.fget)
+    if isinstance(x, MethodType): return inner(x.__func__, x.__self__)
+    name = f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', type(x).__qualname__)}"
+    if isinstance(x, BuiltinFunctionType): return [name, *inner(x.__self__)]
+    if id(x) in seen or getattr(x, "__module__", None) != home: return name
+    seen[id(x)] = x                                        # held, so that no other gets its id
+    if isinstance(x, FunctionType):
+        held = [x.__globals__[n] for n in sorted(_names(x.__code__)) if n in x.__globals__]
+        cells = [cell.cell_contents for cell in x.__closure__ or ()]
+        return inner(x.__code__, held, cells, x.__defaults__, x.__kwdefaults__)
+    if isinstance(x, type): return inner(*x.__bases__, {
+        k: v for k, v in vars(x).items() if k[:2] != "__" or isinstance(v, FunctionType)})
+    if hasattr(x, "__wrapped__"): return inner(x.__wrapped__)
+    return [name, *inner(type(x), getattr(x, "__dict__", None))]
 
 
 def _rules(tokenizer: Callable, encoding: str, version: str) -> bytes:
-    "What tells one tokenizer from another: its source, and what it makes of a line of all cases."
-    home = inspect.getmodule(tokenizer)
-    known = home is not None and home.__name__ not in ("__main__", "builtins")
-    try: source = inspect.getsource(home if known else tokenizer)
-    except (OSError, TypeError): source = ""
-    return json.dumps([source, list(tokenizer(_PROBE)), encoding, version]).encode()
+    "What tells one tokenizer from another. Raises: ValueError for one that shows nothing."
+    func = tokenizer
+    while isinstance(func, partial): func = func.func
+    if not (version or inspect.isroutine(func) or isinstance(func, type)
+            or inspect.isfunction(type(func).__call__)): raise ValueError(
+        f"tokenizer {func!r:.40} shows no code: say by version= when it is another one")
+    contents = _contents(tokenizer, getattr(func, "__module__", None), {})
+    return json.dumps([contents, encoding, version]).encode()
+
+# %% ../nbs/12c_text.ipynb #0c95ba72
+def _no_text(tokens: Iterable) -> Iterable:
+    "Tokens as they are. Raises: TypeError for a text, whose letters would pass for tokens."
+    if isinstance(tokens, str): raise TypeError("a text is no list of tokens: tokenize it")
+    return tokens
 
 
 class _Documents(Dataset):
@@ -143,14 +194,25 @@ class _Documents(Dataset):
         self.files, self.tokenizer, self.encoding = files, tokenizer, encoding
     def __len__(self) -> int: return len(self.files)
     def __getitem__(self, i: int) -> list:
-        return list(self.tokenizer(open_text(self.files[i], self.encoding)))
+        return list(_no_text(self.tokenizer(open_text(self.files[i], self.encoding))))
 
 
+def _walk(ds: _Documents, num_workers: int | None) -> Iterator[list]:
+    "Lists of documents' tokens, in order; a bar where somebody looks."
+    from fastprogress.fastprogress import progress_bar
+    if not len(ds): return iter(())
+    loader = DataLoader(ds, 256, collate_fn=list, num_workers=num_workers, share=None,
+                        generator=torch.Generator())
+    seen = "ipykernel" in sys.modules or sys.stdout.isatty()
+    return progress_bar(loader, leave=False) if seen else iter(loader)
+
+# %% ../nbs/12c_text.ipynb #e94f06a2
 class TokenCache:
     """Tokens of documents in one memory-mapped file, made at the first use: cache(path) is a list.
-    The file is built beside and renamed when whole, and built anew when a document, the list, the
-    tokenizer's source or `version` has changed; what its source does not show (a set it holds, a
-    partial's arguments, a global) goes unnoticed. A document that is not in it is read as ever."""
+    numbers | tokens | ends | sizes | seal: the file, built beside and renamed when whole, and built
+    anew when a document, the list, `version`, the tokenizer's code or what its names hold changed;
+    what these do not show (a file that it reads, an object of another module) goes unnoticed. A
+    document that is not in it is read as ever."""
     def __init__(
         self,
         files: Iterable,      # paths of the documents
@@ -159,9 +221,11 @@ class TokenCache:
         folder: str | os.PathLike | None = None,  # for the file; None: where `fetch` keeps sets
         num_workers: int | None = None,  # processes that make tokens; 0: this one; None: by the
                                          # number of processors
-        version: str = "",               # another one for what a tokenizer's source does not show
+        version: str = "",               # another one for what a tokenizer's code does not show
     ):
-        "Raises: ValueError as `open_text`."
+        """Raises: ValueError as `open_text`, and for a tokenizer without code or version; TypeError
+        for one that gives a text, and for files that are one path."""
+        if isinstance(files, str): raise TypeError(f"files={files!r:.40}: give a list of paths")
         self.tokenizer, self.encoding = tokenizer, encoding
         self.files = [os.path.abspath(f) for f in files]
         folder = cache_folder()/"tokens" if folder is None else Path(folder)
@@ -189,13 +253,14 @@ class TokenCache:
         return True
 
     def _build(self, num_workers: int | None) -> None:
-        "Numbers, then tokens, ends, sizes and a seal over it and over what it was made of."
+        "The five parts; the seal is over the others, and over what they were made of."
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part, words, ends = self.file.with_suffix(f".{os.urandom(8).hex()}.part"), {}, []
         seal = hashlib.sha256(self._stamp)
+        documents = _Documents(self.files, self.tokenizer, self.encoding)
         try:
             with open(part, "wb") as f:
-                for tokens in chain.from_iterable(self._walk(num_workers)):
+                for tokens in chain.from_iterable(_walk(documents, num_workers)):
                     ids = [words.setdefault(token, len(words)) for token in tokens]
                     seal.update(block := np.array(ids, "<i4").tobytes())
                     f.write(block)
@@ -209,16 +274,6 @@ class TokenCache:
             os.replace(part, self.file)
         finally: part.unlink(missing_ok=True)
 
-    def _walk(self, num_workers: int | None) -> Iterator[list]:
-        "Lists of documents' tokens, in order; a bar where somebody looks."
-        from fastprogress.fastprogress import progress_bar
-        if not self.files: return iter(())
-        ds = _Documents(self.files, self.tokenizer, self.encoding)
-        loader = DataLoader(ds, 256, collate_fn=list, num_workers=num_workers, share=None,
-                            generator=torch.Generator())
-        seen = "ipykernel" in sys.modules or sys.stdout.isatty()
-        return progress_bar(loader, leave=False) if seen else iter(loader)
-
     def __len__(self) -> int: return len(self.files)
     def __getstate__(self) -> dict:
         return {k: v for k, v in vars(self).items() if k not in ("words", "_ids", "_places")}
@@ -230,7 +285,7 @@ class TokenCache:
     def __call__(self, path: str | os.PathLike) -> list[str]:
         "The tokens of a document. Raises: as `open_text`."
         place = self._places.get(os.path.abspath(path))
-        if place is None: return list(self.tokenizer(open_text(path, self.encoding)))
+        if place is None: return list(_no_text(self.tokenizer(open_text(path, self.encoding))))
         return [self.words[i] for i in self._ids[slice(*place)].tolist()]
 
     def length(self, path: str | os.PathLike) -> int:
@@ -241,12 +296,6 @@ class TokenCache:
     def __repr__(self) -> str: return f"TokenCache({len(self):,} documents)"
 
 # %% ../nbs/12c_text.ipynb #4eb10207
-def _no_text(tokens: Iterable) -> Iterable:
-    "Tokens as they are. Raises: TypeError for a text, whose letters would pass for tokens."
-    if isinstance(tokens, str): raise TypeError("a text is no list of tokens: tokenize it")
-    return tokens
-
-
 class Vocab:
     "Which tokens have a number: the marks first, then by frequency."
     def __init__(
@@ -262,10 +311,8 @@ class Vocab:
                         key=lambda t: (-counts[t], t))
         if not ranked and counts.keys() - {*SPECIALS}: raise ValueError(
             f"none of {len(counts):,} tokens came {min_freq} times: tokenize, or lower min_freq")
-        self._number([*SPECIALS, *ranked[:max_size - len(SPECIALS)]])
-
-    def _number(self, tokens: list[str]) -> None:
-        self.tokens, self.index = tokens, {token: i for i, token in enumerate(tokens)}
+        self.tokens = [*SPECIALS, *ranked[:max_size - len(SPECIALS)]]
+        self.index = {token: i for i, token in enumerate(self.tokens)}
 
     @classmethod
     def of(
@@ -274,7 +321,7 @@ class Vocab:
     ) -> "Vocab":
         "Exactly these, in this order; keep <begin> third for BEGIN_ID. Raises: ValueError."
         vocab, tokens = cls.__new__(cls), list(tokens)
-        vocab._number(tokens)
+        vocab.tokens, vocab.index = tokens, {token: i for i, token in enumerate(tokens)}
         if tokens[:2] != [UNKNOWN, PAD] or len(vocab.index) < len(tokens): raise ValueError(
             f"{len(tokens):,} tokens, {tokens[:3]} …: begin with <unk>, <pad>; no token twice")
         return vocab
@@ -302,8 +349,10 @@ class Vocab:
     def save(self, path: str | os.PathLike) -> None:
         "Write it as a text, a token in quotes each line; all or nothing."
         part = Path(f"{os.fspath(path)}.part")
-        part.write_text(json.dumps(self.tokens, indent=0, ensure_ascii=False), "utf-8")
-        os.replace(part, path)
+        try:
+            part.write_text(json.dumps(self.tokens, indent=0, ensure_ascii=False), "utf-8")
+            os.replace(part, path)
+        finally: part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Vocab":    # of a file by `save`
@@ -343,14 +392,17 @@ def pad_collate(
     samples: list,         # (numbers (n,), y) for each document
     pad_id: int = PAD_ID,  # what fills up the short ones
 ) -> tuple:                # ((tokens (bs, longest), lengths (bs,)), y), int64
-    "Make a batch of documents, padded at the end. Raises: ValueError for one without a token."
+    """Make a batch of documents, padded at the end. Raises: ValueError for one without a token,
+    TypeError for tokens that are no numbers, and for labels of which some are None."""
     rows, ys = zip(*samples)
+    if isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], str): raise TypeError(
+        "tokens have no numbers yet: put Numericalize behind the tokenizer")
     lengths = torch.tensor([len(row) for row in rows])
     if not lengths.min(): raise ValueError(f"document {int(lengths.argmin())} of the batch has no "
                                            "token: let each begin with one, as tokenize does")
     tokens = torch.full((len(rows), int(lengths.max())), pad_id)
     for line, row in zip(tokens, rows): line[:len(row)] = torch.as_tensor(row)
-    return (tokens, lengths), None if ys[0] is None else collate(list(ys))
+    return (tokens, lengths), None if {*map(type, ys)} == {type(None)} else collate(list(ys))
 
 # %% ../nbs/12c_text.ipynb #562f54d3
 class SortedSampler:
@@ -363,6 +415,8 @@ class SortedSampler:
         shuffle: bool = False,   # sort only within pools that are drawn by lot?
         generator: torch.Generator | None = None,  # draws; PyTorch's global one by default
     ):
+        "Raises: ValueError for bs below 1."
+        if bs < 1: raise ValueError(f"bs={bs}: a batch has at least one item")
         self.lengths, self.bs, self.shuffle = torch.as_tensor(lengths), bs, shuffle
         self.generator = generator
 
@@ -390,9 +444,11 @@ def sort_by_length(
 ) -> ItemLoaders:       # new loaders of the same sets
     """Walk over documents by length: in training with chance, in validation the longest first, and
     so learn.predict() gives them; Interpretation(learn).indices tells the position of each.
-    Raises: ValueError where a sampler has an order of its own."""
-    if not isinstance(dls.train.sampler, (Sampler, SortedSampler)): raise ValueError(
-        f"{type(dls.train.sampler).__name__} decides the order: leave out the block's sampler")
+    Raises: ValueError where a sampler, of items or batches, has an order of its own."""
+    for order in (dls.train.batch_sampler, dls.valid.batch_sampler):
+        for given in (order, getattr(order, "sampler", None)):
+            if type(given) not in (BatchSampler, Sampler, SortedSampler): raise ValueError(
+                f"{type(given).__name__} decides the order: leave out this sampler")
     def again(dl: DataLoader, shuffle: bool, **options) -> DataLoader:
         names = ("collate_fn", "generator", "num_workers", "workers", "persistent_workers",
                  "on_error", "batch_tfms")
@@ -413,12 +469,13 @@ class LMDataset:
         ids: Tensor | Sequence[Tensor],  # the stream (n,), or documents that make it up
         bs: int,               # rows
         bptt: int,             # columns of a batch, or about so many
-        vary: bool = False,    # another length for each batch, as in training?
+        vary: bool = False,    # another length for each batch (5 at least), as in training?
         shuffle: bool = False,  # documents in a new order every epoch?
         generator: torch.Generator | None = None,  # of both; None: a new one, seeded by PyTorch's
     ):
         "Raises: ValueError for what is no stream, too few tokens, or nothing to shuffle."
-        self.documents = [*map(torch.as_tensor, [ids] if hasattr(ids, "dtype") else ids)]
+        documents = map(torch.as_tensor, [ids] if hasattr(ids, "dtype") else ids)
+        self.documents = [doc for doc in documents if doc.numel()]     # the others add nothing
         if min(bs, bptt) < 1 or any(d.ndim != 1 or d.is_floating_point() for d in self.documents):
             raise ValueError(f"bs={bs}, bptt={bptt} from 1 up, and ids: whole numbers in rows (n,)")
         n = sum(map(len, self.documents))

@@ -2,9 +2,13 @@
 import copy
 import functools
 import importlib.util
+import operator
 import os
 import pickle
 import re
+import subprocess
+import sys
+import types
 import unicodedata
 from collections import Counter
 from itertools import chain
@@ -17,10 +21,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from exp import text as T
-from exp.data import DataBlock, get_files, random_splitter
+from exp.data import DataBlock, ItemLoaders, get_files, random_splitter
 from exp.exercises import text as E
 from exp.interpret import Interpretation
 from exp.learner import Callback, DataLoaders, Learner
+from exp.loaders import BatchSampler, DataLoader, Sampler
 from exp.testing import test_like
 from exp.training import cross_entropy
 
@@ -59,10 +64,10 @@ def test_another_encoding_is_named_with_the_cure(tmp_path, content):
     with pytest.raises(ValueError, match=r"bad\.txt.*not in utf-8.*byte 0x.*encoding="): T.open_text(tmp_path/"bad.txt")
 
 
-@pytest.mark.parametrize("text, encoding", [("A good film.", "utf-16-le"), ("A good film.", "utf-16-be"), ("\0\0\0", "utf-8")])
-def test_letters_and_zeros_in_turn_are_no_text(tmp_path, text, encoding):
+@pytest.mark.parametrize("text, encoding", [("A good film.", "utf-16-le"), ("A good film.", "utf-16-be"), ("\0\0\0", "utf-8"), ("Привет, мир! Это фильм.", "utf-16-le")])
+def test_letters_and_control_codes_in_turn_are_no_text(tmp_path, text, encoding):
     (tmp_path/"wide.txt").write_bytes(text.encode(encoding))
-    with pytest.raises(ValueError, match=r"wide\.txt.*not in utf-8.*byte 0x00.*utf-16-le"): T.open_text(tmp_path/"wide.txt")
+    with pytest.raises(ValueError, match=r"wide\.txt.*not in utf-8.*byte 0x[01].*utf-16-le"): T.open_text(tmp_path/"wide.txt")
     if encoding != "utf-8": assert T.open_text(tmp_path/"wide.txt", encoding) == text
 
 
@@ -80,7 +85,7 @@ def test_the_pinned_line():
     ("7/10 1,000.50 3:0 1980s 3.5mm 5.", "7/10 1,000.50 3:0 1980s 3.5 mm 5 ."), ("well-known and/or", "well - known and / or"),
     ("a<br />b<BR>c\nd\n\ne", "a <line> b <line> c <line> d <line> e"), ("<i>x</i>", "< i > x < / i >"), ("<unk> <cap> xxunk", "< unk > < cap > xxunk"),
     ("&lt;br&gt; &quot;x&quot; &#39;", "< br > \" x \" '"), ("AT&T", "<up> at & <cap> t"), ("&notanentity", "¬ anentity"), ("a_b __init__", "a_b __init__"),
-    ("\x93quoted\x94 \x96 it\x92s \x85", "“ quoted ” – it 's …"), ("soft\xadware", "software"), ("a\rb\r\nc\r\rd", "a <line> b <line> c <line> d"), ("&#65; &#x41; &#1114112;", "<cap> a <cap> a \ufffd"), ("naïve cafe\u0301", "naïve café")])
+    ("\x93quoted\x94 \x96 it\x92s \x85", "“ quoted ” – it 's …"), ("soft\xadware", "software"), ("\ufeffa\u200e b\u2060c\u200bd", "a bc d"), ("a\rb\r\nc\r\rd", "a <line> b <line> c <line> d"), ("&#65; &#x41; &#1114112;", "<cap> a <cap> a \ufffd"), ("naïve cafe\u0301", "naïve café")])
 def test_rules(text, want): assert tok(text) == want.split()
 
 
@@ -127,7 +132,7 @@ def test_the_short_way_for_ascii_is_the_same(text):
     assert T._ANY.findall(clean) == (T._ASCII.findall(clean) if clean.isascii() else T._ANY.findall(clean))
 
 
-@pytest.mark.parametrize("bit", ["a", "1.1a", "'", "&", "<br ", "<br", "Ab'", "1", "1,", "\u0301", "é'", '" ', "( ", "- ", "\n", " <br />", "&#", "a-", " ", "<br\n", "\n x", "\u200d", "a\u0301"])
+@pytest.mark.parametrize("bit", ["a", "1.1a", "'", "&", "<br ", "<br", "Ab'", "1", "1,", "\u0301", "é'", '" ', "( ", "- ", "\n", " <br />", "&#", "a-", " ", "<br\n", "\n x", "\u200d", "a\u0301", "\u0300\u0316", "a" + "\u0300\u0316"*50])
 def test_huge_texts_take_steps_in_proportion(bit):
     "One line of a million characters, through split and back; a quadratic search would take hours."
     tokens = T.tokenize(bit*(300_000//len(bit)))
@@ -138,9 +143,17 @@ def test_huge_texts_take_steps_in_proportion(bit):
 def test_numbers_of_no_character(text): assert set(tok(f"{text} end")) <= {"\ufffd", "end"} and tok(text + " end")[-1] == "end"
 
 
-def test_a_long_run_is_taken_without_a_way_back():
-    "Each step back that is kept open costs memory, and so time that grows faster than the text."
-    assert T._RUN.pattern.endswith("+") and T._RUN.sub(r"\1\1\1", "a"*1_000_000 + "b") == "aaab"
+@pytest.mark.parametrize("n", [1, 15, 16, 1000])
+def test_a_pile_of_marks_is_cut(n):
+    "NFC sorts the marks of a letter, in time that grows with the square of their number."
+    pile = "a" + "\u0300\u0316"*n
+    clean = T._clean(pile)
+    assert unicodedata.normalize("NFD", clean) == unicodedata.normalize("NFD", pile[:31])
+    assert T._clean(f"{pile} {pile}") == f"{clean} {clean}" and tok("&#768;"*40) == ["\u0300"]*30
+
+
+def test_a_long_run():
+    assert T._RUN.sub(r"\1\1\1", "a"*1_000_000 + "b") == "aaab"
     assert T._RUN.sub(r"\1\1\1", "aaaabbbbaaa1111") == "aaabbbaaa1111"
 
 
@@ -211,22 +224,14 @@ def test_a_copy_opens_the_same_file_and_makes_nothing(files, tmp_path):
     with pytest.raises(OSError, match="make the cache anew"): pickle.loads(packed)
 
 
-def test_what_the_source_does_not_show_has_a_version(files, tmp_path):
-    def stop(words): return functools.partial(without, words)
-    def made(words, **kw): return T.TokenCache(files, stop(words), folder=tmp_path/"c", num_workers=0, **kw)(files[0])
-    def without(words, text): return [w for w in text.split() if w not in words]
-    assert made({"good"}, version="good") == ["A", "film."] and made({"zebra"}, version="zebra") == ["A", "good", "film."]
-    assert made({"zebra", "A"}, version="zebra") == ["A", "good", "film."], "as the docstring says: not noticed"
-    assert "goes unnoticed" in T.TokenCache.__doc__
-
-
-def test_it_is_on_the_disk_before_it_has_its_name(files, tmp_path, monkeypatch):
-    done = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(T.os, "fsync", lambda fd: (done.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(T.os, "replace", lambda a, b: (done.append("replace"), replace(a, b))[1])
-    T.TokenCache(files, folder=tmp_path/"c", num_workers=0)
-    assert done == ["fsync", "replace"]
+def test_what_the_code_does_not_show_has_a_version(files, tmp_path):
+    (tmp_path/"stop.txt").write_text("good")
+    def made(**kw): return T.TokenCache(files, by_file, folder=tmp_path/"c", num_workers=0, **kw)(files[0])
+    def by_file(text): return [w for w in text.split() if w not in (tmp_path/"stop.txt").read_text().split()]
+    assert made(version="good") == ["A", "film."]
+    (tmp_path/"stop.txt").write_text("zebra")
+    assert made(version="good") == ["A", "film."], "as the docstring says: not noticed"
+    assert made(version="zebra") == ["A", "good", "film."] and "goes unnoticed" in T.TokenCache.__doc__
 
 
 def test_any_tokenizer_even_with_spaces_and_none(files, tmp_path):
@@ -245,11 +250,75 @@ def test_other_rules_other_files_make_it_anew(files, tmp_path):
     assert len(fewer) == 2 and len(list((tmp_path/"c").iterdir())) == 2
 
 
-def test_a_changed_rule_is_noticed_by_what_it_does(files, tmp_path):
-    class Lower:
-        def __init__(self, lower): self.lower = lower
-        def __call__(self, text): return (text.lower() if self.lower else text).split()
-    for lower in (True, False): assert T.TokenCache(files, Lower(lower), folder=tmp_path, num_workers=0)(files[0])[0] == ("a" if lower else "A")
+def module_of(source, folder, name="mytok"):
+    "A fresh import of a file, beside whatever was imported from it before."
+    file = folder/f"{name}.py"
+    if source is not None: file.write_text(source)
+    module = types.ModuleType(name)
+    exec(compile(file.read_text(), str(file), "exec"), vars(module))
+    return module
+
+
+def test_what_ran_is_sealed_not_what_stands_in_the_file(files, tmp_path):
+    "Edited, not reloaded, run, and started again: the tokens are the new code's."
+    def made(tokenizer): return T.TokenCache(files, tokenizer, folder=tmp_path/"c", num_workers=0)(files[0])
+    old = module_of("def tok(text): return text.split()", tmp_path)
+    module_of("def tok(text): return text.replace('film', 'play').split()", tmp_path)
+    assert made(old.tok) == ["A", "good", "film."]
+    assert made(module_of(None, tmp_path).tok) == ["A", "good", "play."] and made(old.tok) == ["A", "good", "film."]
+
+
+HEAD = "import functools, re\n"
+@pytest.mark.parametrize("before, after", [
+    ("def tok(text): return text.split()", "def tok(text): return text.split()[:3]"),
+    ("def tok(text): return text.split()[:2]", "def tok(text): return text.split()[:3]"),
+    ("def tok(text): return text.lower().split()", "def tok(text): return text.upper().split()"),
+    ("STOP = {'zebra'}\ndef tok(text): return [w for w in text.split() if w not in STOP]", "STOP = {'zebra', 'gnu'}\ndef tok(text): return [w for w in text.split() if w not in STOP]"),
+    ("RULE = re.compile('a')\ndef tok(text): return RULE.sub('', text).split()", "RULE = re.compile('a', re.I)\ndef tok(text): return RULE.sub('', text).split()"),
+    ("def help(w): return w\ndef tok(text): return [help(w) for w in text.split()]", "def help(w): return w*2\ndef tok(text): return [help(w) for w in text.split()]"),
+    ("@functools.lru_cache\ndef help(w): return w\ndef tok(text): return list(map(help, text.split()))", "@functools.lru_cache\ndef help(w): return w*2\ndef tok(text): return list(map(help, text.split()))"),
+    ("class Tok:\n    def __call__(self, text): return self.cut(text)\n    def cut(self, text): return text.split()\ntok = Tok()", "class Tok:\n    def __call__(self, text): return self.cut(text)\n    def cut(self, text): return text.split('e')\ntok = Tok()"),
+    ("class Tok:\n    def __init__(self, n): self.n = n\n    def __call__(self, text): return text.split()[:self.n]\ntok = Tok(1)", "class Tok:\n    def __init__(self, n): self.n = n\n    def __call__(self, text): return text.split()[:self.n]\ntok = Tok(2)"),
+    ("class Base:\n    @property\n    def n(self): return 1\nclass Tok(Base):\n    def __call__(self, text): return text.split()[:self.n]\ntok = Tok()", "class Base:\n    @property\n    def n(self): return 2\nclass Tok(Base):\n    def __call__(self, text): return text.split()[:self.n]\ntok = Tok()"),
+    ("class Tok:\n    def cut(self, text): return text.split()\ntok = Tok().cut", "class Tok:\n    def cut(self, text): return text.split()[:1]\ntok = Tok().cut"),
+    ("def cut(stop, text): return [w for w in text.split() if w not in stop]\ntok = functools.partial(cut, {'zebra'})", "def cut(stop, text): return [w for w in text.split() if w not in stop]\ntok = functools.partial(cut, {'gnu'})"),
+    ("def cut(n, text): return text.split()[:n]\ntok = functools.partial(cut, 3)", "def cut(n, text): return text.split()[1:n]\ntok = functools.partial(cut, 3)"),
+    ("def make(stop):\n    def tok(text): return [w for w in text.split() if w != stop]\n    return tok\ntok = make('gnu')", "def make(stop):\n    def tok(text): return [w for w in text.split() if w != stop]\n    return tok\ntok = make('zebra')"),
+    ("def tok(text, n=3): return text.split()[:n]", "def tok(text, n=2): return text.split()[:n]"),
+    ("def tok(text, *, n=3): return text.split()[:n]", "def tok(text, *, n=2): return text.split()[:n]"),
+    ("tok = re.compile('[a-z]+').findall", "tok = re.compile('[a-y]+').findall"), ("tok = str.split", "tok = str.splitlines")])
+def test_whatever_changes_in_a_tokenizer_is_noticed(tmp_path, before, after):
+    def rules(source): return T._rules(module_of(HEAD + source, tmp_path).tok, "utf-8", "")
+    one, other = rules(before), rules(after)
+    assert one != other and one == rules(before) == rules("# moved\n\n" + before), "and what does not change is no news"
+
+
+def test_rules_are_the_same_in_every_process(tmp_path):
+    "No address, no order of a set, no trace of what ran before."
+    code = ("import sys, hashlib; from exp import text as T; sys.argv[1] == '1' and T.tokenize('A good film'); STOP = {'a', 'b', 'c', 'd'}\n"
+            "def tok(text): return [w for w in text.split() if w not in STOP and w not in {'x', 'y', 'z'}]\n"
+            "print(hashlib.sha256(T._rules(tok, '', '') + T._rules(T.tokenize, '', '')).hexdigest())")
+    seen = [subprocess.run([sys.executable, "-c", code, seed], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout for seed in "12"]
+    assert seen[0] == seen[1] and len(seen[0]) > 60
+
+
+def test_a_tokenizer_that_shows_nothing_needs_a_version(files, tmp_path):
+    hidden = operator.methodcaller("split")
+    for tokenizer in (hidden, functools.partial(hidden)):
+        with pytest.raises(ValueError, match="shows no code: say by version="): T.TokenCache(files, tokenizer, folder=tmp_path/"c")
+    assert T.TokenCache(files, hidden, folder=tmp_path/"c", num_workers=0, version="spaces")(files[0]) == ["A", "good", "film."]
+
+
+@pytest.mark.parametrize("tokenizer", [str.lower, lambda text: " ".join(text.split())])
+def test_a_tokenizer_that_gives_a_text(files, tmp_path, tokenizer):
+    "Its letters would pass for tokens."
+    with pytest.raises(TypeError, match="tokenize it"): T.TokenCache(files, tokenizer, folder=tmp_path/"c", num_workers=0)
+    cache = T.TokenCache([], tokenizer, folder=tmp_path/"c")
+    with pytest.raises(TypeError, match="tokenize it"): cache(files[0])
+
+
+def test_one_path_is_no_list_of_paths(tmp_path):
+    with pytest.raises(TypeError, match="give a list of paths"): T.TokenCache("a.txt", folder=tmp_path)
 
 
 def flipped(at): return lambda b: b[:at] + bytes([b[at] ^ 1]) + b[at + 1:]
@@ -358,6 +427,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     T.Vocab(["a"]*2).save(tmp_path/"v.txt")
     bad = T.Vocab.of(["<unk>", "<pad>", "\ud800"])                    # half a character, which UTF-8 does not have
     with pytest.raises(UnicodeEncodeError): bad.save(tmp_path/"v.txt")
+    assert [f.name for f in tmp_path.iterdir()] == ["v.txt"]
     assert T.Vocab.load(tmp_path/"v.txt").tokens[-1] == "a"
 
 
@@ -390,6 +460,9 @@ def test_options_of_pad_collate():
     (tokens, _), y = T.pad_collate([([5, 6], 1.), ([7], 2.)], pad_id=9)
     assert tokens.tolist() == [[5, 6], [7, 9]] and y.dtype.is_floating_point
     assert T.pad_collate([(torch.tensor([3]), None)])[1] is None
+    for ys in ((None, 1), (1, None)):
+        with pytest.raises(TypeError): T.pad_collate([(torch.tensor([3]), y) for y in ys])
+    with pytest.raises(TypeError, match="put Numericalize"): T.pad_collate([(["a", "b"], 0)])
     with pytest.raises(ValueError, match="document 1 of the batch has no token"): T.pad_collate([(torch.tensor([3]), 0), (torch.tensor([]), 0)])
 
 
@@ -437,6 +510,8 @@ def test_small_sets_meet_by_chance_too():
         order = list(T.SortedSampler(lengths, 10, True, g))
         return {frozenset(order[i:i + 10]) for i in range(0, 400, 10)}
     assert len(batches() & batches()) < 5
+    for bs in (0, -1):
+        with pytest.raises(ValueError, match="at least one item"): T.SortedSampler(lengths, bs)
     for n in (0, 1, 5, 10, 11, 30): assert sorted(T.SortedSampler([3]*n, 10, True, g)) == [*range(n)]
 
 
@@ -526,6 +601,17 @@ def test_an_order_of_ones_own_is_not_thrown_away(block):
     block.sampler = lambda ds: [*range(len(ds))]
     with pytest.raises(ValueError, match="list decides the order"): T.sort_by_length(block.dataloaders(None, 6), cache.length)
     block.sampler = None
+    class Weighted(Sampler):
+        def __iter__(self): return iter([0]*len(self))
+    class Pairs(BatchSampler):
+        def __iter__(self): return iter([[0], [1, 2, 3]])
+    dls = block.dataloaders(None, 6)
+    train, valid = dls.train.ds, dls.valid.ds
+    for name, part, odd in (("Weighted", train, dict(sampler=Weighted(train))), ("Pairs", train, dict(batch_sampler=Pairs(Sampler(train), 2))), ("list", train, dict(batch_sampler=[[0], [1, 2, 3]])),
+                            ("Weighted", train, dict(batch_sampler=BatchSampler(Weighted(train), 2))), ("list", valid, dict(sampler=[0])), ("Weighted", valid, dict(sampler=Weighted(valid)))):
+        loader = DataLoader(part, 6, collate_fn=T.pad_collate, **odd)
+        both = (loader, dls.valid) if part is train else (dls.train, loader)
+        with pytest.raises(ValueError, match=f"{name} decides the order"): T.sort_by_length(ItemLoaders(*both), cache.length)
     dls = T.sort_by_length(block.dataloaders(None, 6), cache.length)
     assert len(T.sort_by_length(dls, cache.length).train) == len(dls.train)           # twice does no harm
 
@@ -623,7 +709,7 @@ def test_streams_that_cannot_be():
     for args in ((torch.arange(9), 2, 0), (torch.arange(9), 0, 2), (torch.arange(9), -1, 2), *((ids, 1, 2) for ids in odd)):
         with pytest.raises(ValueError, match="whole numbers in rows"): T.LMDataset(*args)
     want = list(T.LMDataset(torch.arange(13), 2, 3))
-    for ids in (np.arange(13), [np.arange(6), torch.arange(6, 13)], [[0, 1, 2], [*range(3, 13)]]):
+    for ids in (np.arange(13), [np.arange(6), torch.arange(6, 13)], [[0, 1, 2], [*range(3, 13)]], [[*range(13)], []], [[], torch.arange(13), np.array([])]):
         assert all(torch.equal(a, b) for got, x in zip(T.LMDataset(ids, 2, 3), want, strict=True) for a, b in zip(got, x))
     with pytest.raises(ValueError, match="give a list of documents"): T.LMDataset(torch.arange(9), 2, 2, shuffle=True)
 

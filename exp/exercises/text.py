@@ -22,7 +22,7 @@ def _as_lists(got: object, what: str) -> list[list[int]]:
 
 
 def _plain_count(lengths: list[int], budget: int) -> int:
-    "Batches that sorting and filling needs: the better of both directions."
+    "Batches that sorting and filling needs: the more generous of both directions."
     def count(ordered: list[int]) -> int:
         batches, size, longest = 0, 0, 0
         for length in ordered:

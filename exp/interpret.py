@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -50,8 +50,9 @@ if TYPE_CHECKING: from matplotlib.axes import Axes
 # %% ../nbs/12b_own_photos.ipynb #5efd8940
 class Verdict(NamedTuple):
     "What a model says of one item, and what its label says."
-    index: int      # position of the item in its data set
-    item: Any       # the item, such as a path; the position, where the loader knows no more
+    index: int      # position of the item in its data set; of a loader that does not know it, the
+                    # place in the walk: where PyTorch's DataLoader shuffles, that is another
+    item: Any       # the item, such as a path; the index, where the loader knows no more
     loss: float     # cross-entropy of the scores, nats
     pred: Any       # the likeliest class
     target: Any     # the class that the label names
@@ -78,7 +79,7 @@ class Interpretation:
     def __init__(
         self,
         learn: Learner,               # gives scores (bs, classes); is left as it was
-        dl: Iterable | None = None,   # batches with class numbers; None: the validation loader;
+        dl: Iterable | None = None,   # or list of (xb, class numbers); None: the validation loader;
                                       # of a training set: learn.dls.loader_of(its files)
     ):
         self.dl, where = learn.dls.valid if dl is None else dl, _Positions(learn.depth + 1)
@@ -86,9 +87,11 @@ class Interpretation:
         try: self.preds, self.targets = learn.predict(self.dl, with_targets=True)
         finally: learn.remove_cb(where)
         vocab = getattr(ds := getattr(self.dl, "ds", None), "vocab", None)
-        if not _fit_each_other(self.preds, self.targets, vocab): raise ValueError(
+        own = getattr(getattr(learn.dls.valid, "ds", None), "vocab", None) or vocab
+        fit = _fit_each_other(self.preds, self.targets, vocab)
+        if not fit or vocab and [*vocab] != [*own]: raise ValueError(
             f"scores {describe(self.preds)}, targets {describe(self.targets)}, classes {vocab}: "
-            "give a learner with scores (bs, classes) and the number of one class per item")
+            "give a learner of these, scores (bs, classes) and the number of one class per item")
         self.preds, (n, width) = self.preds.float(), self.preds.shape
         self.losses = F.cross_entropy(self.preds, self.targets, reduction="none")
         places = [int(i) for part in where.found if part is not None for i in part]
@@ -118,7 +121,8 @@ class Interpretation:
         return sorted(pairs, key=lambda pair: -pair[2])
 
     def plot_top_losses(self, k: int = 9, ncols: int = 6) -> list["Axes"]:
-        "Photos with the largest loss, titled: prediction? label, loss; of a DataBlock's loader."
+        "Photos with the largest loss, titled: prediction? label, loss. Raises: ValueError."
+        if self.ds is None: raise ValueError("no photos are known here: give a DataBlock's loader")
         top = self.top_losses(k)
         return show_images([self.ds[v.index][0] for v in top],
                            [f"{v.pred}? {v.target}, {v.loss:.1f}" for v in top], ncols,
@@ -192,9 +196,12 @@ def out_of_fold(
     random.Random(seed).shuffle(names)
     fold = {name: i % k for i, name in enumerate(names)}
     held = [[i for i, group in enumerate(groups) if fold[group] == j] for j in range(k)]
-    probs = [train([i for i in range(n) if fold[groups[i]] != j], held[j]) for j in range(k)]
-    if (sizes := [*map(len, probs)]) != [*map(len, held)]: raise ValueError(
-        f"train gave {sizes} rows for folds of {[*map(len, held)]}: one for each position to judge")
+    probs = []
+    for j, out in enumerate(held):
+        fit = [i for i in range(n) if fold[groups[i]] != j]
+        probs.append(torch.as_tensor(train(fit, out)))               # or of NumPy
+        if len(probs[j]) != len(out): raise ValueError(
+            f"train gave {len(probs[j])} rows for a fold of {len(out)}: one for each to judge")
     return torch.cat(probs)[torch.tensor(sum(held, [])).argsort()]
 
 # %% ../nbs/12b_own_photos.ipynb #905d1400
@@ -244,10 +251,10 @@ def _planned(rows: Iterable[dict], root: Path) -> list[tuple[Path, Path]]:
     for old, target in [_goal(row, root) for row in rows if (row["do"] or "").strip()]:
         if old in moves: raise ValueError(f"{old.relative_to(root)} is in two rows: keep one")
         new, n = target/old.name, 2
-        while new != old and (os.path.lexists(new) or new in taken):
+        while new != old and (os.path.lexists(new) or str(new).casefold() in taken):
             new, n = target/f"{old.stem}-{n}{old.suffix}", n + 1
         moves[old] = new
-        taken.add(new)
+        taken.add(str(new).casefold())               # some file systems have no case
     return [(old, new) for old, new in moves.items() if old != new]
 
 
@@ -325,16 +332,31 @@ def _undone(root: Path) -> int:
     return count
 
 # %% ../nbs/12b_own_photos.ipynb #b17f3f11
+def _own(listen: Callable) -> Callable:
+    "A hook that hears its own thread alone: another may ask the same network."
+    me = get_ident()
+    return lambda *heard: listen(*heard) if get_ident() == me else None
+
+
 def _last_map(model: nn.Module, xb: Tensor) -> nn.Module:
     "The last layer to give maps, (bs, c, h, w) of more than one pixel. Raises: ValueError."
     found = []
     def look(hook: Hook, module: nn.Module, inp: tuple, out: object):
         if isinstance(out, Tensor) and out.ndim == 4 and out[0, 0].numel() > 1: found.append(module)
-    with as_found(model), torch.no_grad(), Hooks(dict(model.named_modules()), look):
-        model.eval()(xb)
+    with torch.no_grad(), Hooks(dict(model.named_modules()), _own(look)): model(xb)
     if not found: raise ValueError(f"no layer of {type(model).__name__} gives maps, (bs, c, h, w) "
                                    "of more than one pixel: give larger photos, or name the layer")
     return found[-1]
+
+
+def _cam(model: nn.Module, xb: Tensor, classes: Any = None, layer: Any = None) -> Tensor:
+    "Maps of a model in evaluation mode, weighted by their mean slopes, (bs, height, width)."
+    layer, kept = layer or _last_map(model, xb), []
+    with torch.enable_grad(), Hook(layer, _own(lambda hook, module, inp, out: kept.append(out))):
+        scores = model(xb.detach().clone().requires_grad_())
+        chosen = scores.argmax(1) if classes is None else classes
+        slopes, = torch.autograd.grad(scores[range(len(scores)), chosen].sum(), kept[-1])
+    return (slopes.mean((2, 3), keepdim=True)*kept[-1]).sum(1).detach()
 
 
 def grad_cam(
@@ -346,13 +368,7 @@ def grad_cam(
 ) -> Tensor:                         # (bs, height, width) of the maps
     """Where in its photo a score comes from: maps, weighted by their mean slopes.
     Paper: Selvaraju et al. 2016. Raises: ValueError for a model without maps."""
-    layer, kept = layer or _last_map(model, xb), []
-    with as_found(model), torch.enable_grad(), Hook(
-            layer, lambda hook, module, inp, out: kept.append(out)):
-        scores = model.eval()(xb.detach().clone().requires_grad_())
-        chosen = scores.argmax(1) if classes is None else classes
-        slopes, = torch.autograd.grad(scores[range(len(scores)), chosen].sum(), kept[-1])
-    cam = (slopes.mean((2, 3), keepdim=True)*kept[-1]).sum(1).detach()
+    with as_found(model): cam = _cam(model.eval(), xb, classes, layer)
     return F.relu(cam) if relu else cam
 
 
@@ -369,8 +385,8 @@ _FORMAT = "exp predictor 2"
 
 def _photo_recipe(learn: Learner) -> dict:
     "What validation does to a photo, in words and numbers. Raises: ValueError, TypeError."
-    if (dl := learn.dls.valid) is None: raise ValueError(
-        "there is no validation loader: give one, it says what is done to a photo")
+    if not getattr(getattr(dl := learn.dls.valid, "ds", None), "vocab", None): raise ValueError(
+        "there is no validation loader of a DataBlock with classes: give one, it says what is done")
     if any(isinstance(tfm, MultiCategorize) for tfm in dl.ds.y_tfm.tfms): raise TypeError(
         "several classes per photo: a predictor's probabilities are those of one, and add up to 1")
     tfms = [getattr(tfm, "func", tfm) for tfm in (*dl.ds.tfm.tfms, *dl.batch_tfms.tfms)]
@@ -469,10 +485,11 @@ def _write_whole(folder: Path, about: dict, content: dict) -> Path:
 
 # %% ../nbs/12b_own_photos.ipynb #f98157af
 class Predictor:
-    "A network and all that it needs to name a photo: predictor(photo) -> {class: probability}."
+    """A network and all that it needs to name a photo: predictor(photo) -> {class: probability}.
+    Several threads may ask it at once; it draws no random numbers, and takes none back."""
     def __init__(
         self,
-        model: nn.Module,           # (bs, 3, *size) -> scores (bs, classes); put into eval mode
+        model: nn.Module,           # (bs, 3, *size) -> scores (bs, classes); kept in eval mode
         classes: Sequence[str],     # in the order of the scores
         size: Sequence[int],        # height and width that the network is shown
         mean: Sequence[float],      # of the pixels, per channel
@@ -509,18 +526,19 @@ class Predictor:
         return self.batch([torch.full((3, *self.resize.size), 128, dtype=torch.uint8)])
 
     def __call__(self, photo: Any) -> dict[str, float]:    # as in `pixels`; the likeliest first
-        with as_found(self.model), torch.no_grad():
+        with torch.no_grad():
             probs = F.softmax(self.model.eval()(self.batch([photo])).float(), 1)[0].tolist()
         return dict(sorted(zip(self.classes, probs, strict=True), key=lambda pair: -pair[1]))
 
     def explain(self, photo: Any) -> tuple[Tensor, Tensor]:
         "What the network saw, (3, h, w) uint8, and the heat of its answer, (h, w) in [0, 1]."
         seen = self.pixels(photo)
-        return seen, heat_of(grad_cam(self.model, self.batch([seen])), seen.shape[1:])[0].cpu()
+        cam = _cam(self.model.eval(), self.batch([seen]))
+        return seen, heat_of(cam, seen.shape[1:])[0].cpu()
 
 
 def _opened(photo: Any, at_least: int | None) -> Image.Image:
-    "Whatever it is, by way of a file: so that all are read alike."
+    "Whatever it is, by way of a file, so that all are read alike; only a large JPEG opens smaller."
     if isinstance(photo, (str, os.PathLike)): return open_rgb(photo, at_least)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder)/"photo"
@@ -630,7 +648,7 @@ def _reply(predictor: Predictor, content: bytes) -> str:
         if im.width*im.height > 3*LIMIT: raise BadPhoto(f"it has more than {3*LIMIT:,} pixels")
     seen = predictor.pixels(content)
     classes, heat = predictor(seen), torch.zeros(seen.shape[1:])
-    with suppress(ValueError): heat = predictor.explain(seen)[1]     # not every network has maps
+    with suppress(ValueError, RuntimeError): heat = predictor.explain(seen)[1]   # not all have maps
     red = np.zeros((*heat.shape, 4), np.uint8)
     red[..., 0], red[..., 3] = 213, (180*heat.nan_to_num()).numpy()
     return json.dumps({"classes": list(classes.items()), "heat": _png(red),
@@ -668,7 +686,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> tuple[int, str]:
         "The page, what is on a photo, or why there is no answer."
         post, length = self.command == "POST", self.headers.get("Content-Length", "")
-        if self._is_foreign(): return 403, "only the page at 127.0.0.1 itself is answered"
+        if self._is_foreign(): return 403, (
+            f"only the page at 127.0.0.1:{self.server.server_port} is answered: forward that port")
         if self.path != ("/predict" if post else "/"): return 404, "photos go to /predict"
         if not post: return 200, self.server.predictor.page
         if not length.isdecimal(): return 411, "say how many bytes the photo has"

@@ -27,6 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from exp import interpret as I
 from exp.callbacks import EMA
@@ -208,7 +209,24 @@ def test_names_are_forgotten_where_a_batch_went_after_all_had_heard_of_it(learn)
     try: found = I.Interpretation(learn)
     finally: learn.remove_cb(cb)
     assert found.items is None and found.indices == list(range(len(found.losses))) and len(found.losses) == len(learn.dls.valid.ds) - 4
-    with pytest.raises(TypeError): found.plot_top_losses(1)
+    with pytest.raises(ValueError, match="no photos are known here: give a DataBlock's loader"): found.plot_top_losses(1)
+
+
+def test_a_loader_of_others_that_shuffles():
+    "It does not say where an item stood: the index is the place in the walk, and is called so; labels are right all the same."
+    x, y = torch.eye(3).repeat(7, 1), torch.arange(21) % 3
+    one = Learner(nn.Identity(), DataLoaders([]), cross_entropy, quiet=True, device="cpu")
+    found = I.Interpretation(one, DataLoader(TensorDataset(x, y), 5, shuffle=True, generator=torch.Generator().manual_seed(0)))
+    assert found.items is None and found.indices == list(range(21)) and all(v.pred == v.target and v.item == v.index for v in found.top_losses(None))
+    with pytest.raises(ValueError, match="give a DataBlock's loader"): found.plot_top_losses(1)
+
+
+def test_a_loader_of_as_many_other_classes(learn, tmp_path):
+    for kind in ("red", "yellow", "zebra"):
+        (tmp_path/kind).mkdir()
+        for i in range(5): picture(i).save(tmp_path/kind/f"{i}.png")
+    other = block().dataloaders(tmp_path, 4, num_workers=0)
+    with pytest.raises(ValueError, match=r"classes \['red', 'yellow', 'zebra'\]: give a learner of these"): I.Interpretation(learn, other.valid)
 
 
 def test_as_many_scores_as_names(folder):
@@ -370,7 +388,16 @@ def test_groups_of_any_kind_do_not_leak(form):
 @pytest.mark.parametrize("train", [lambda fit, hold: torch.zeros(9, 2), lambda fit, hold: torch.zeros(len(hold) - 1, 2),
                                    lambda fit, hold: torch.zeros(len(hold) + (0 in hold) - (1 in hold), 2)], ids=["all items", "too few", "one too many, one too few"])
 def test_a_row_for_each_position_to_judge(train):
-    with pytest.raises(ValueError, match=r"train gave \[.*\] rows for folds of \[3, 3, 3\]: one for each"): I.out_of_fold(train, 9, 3, [i % 3 for i in range(9)])
+    calls = []
+    def counted(fit, hold): calls.append(hold); return train(fit, hold)
+    with pytest.raises(ValueError, match=r"train gave \d rows for a fold of 3: one for each to judge"): I.out_of_fold(counted, 9, 3, [i % 3 for i in range(9)])
+    rows = len(train([i for i in range(9) if i not in calls[-1]], calls[-1]))
+    assert rows != 3 and all(len(train([], hold)) == 3 for hold in calls[:-1]), "heard of at the first fold that is wrong"
+
+
+def test_numpy_teaches_too():
+    out = I.out_of_fold(lambda fit, hold: np.array([[i, 1.] for i in hold]), 7, 3)
+    assert torch.is_tensor(out) and out[:, 0].tolist() == list(range(7))
 
 
 @pytest.fixture
@@ -414,6 +441,13 @@ def test_shown_applied_and_undone(root, tmp_path, capsys):
     second = review(root, {"blue/red_0.png": "green"}, tmp_path/"second.csv")
     I.apply_review(second, root, dry_run=False)
     assert I.undo_review(root) == 4 and tree(root) == before and I.undo_review(root) == 0
+
+
+def test_names_that_differ_in_case_alone(root, tmp_path):
+    "Where a file system knows no case, the second would overwrite the first."
+    picture(7).save(root/"red"/"IMG_1.png"); picture(8).save(root/"green"/"img_1.png")
+    moves = I.apply_review(review(root, {"red/IMG_1.png": "blue", "green/img_1.png": "blue"}, tmp_path/"l.csv"), root)
+    assert [new.name for _, new in moves] == ["IMG_1.png", "img_1-2.png"]
 
 
 def test_names_that_are_taken(root, tmp_path):
@@ -733,12 +767,51 @@ def test_images_that_cannot_be_used(predictor, tmp_path):
 
 
 def test_answering_leaves_the_network_alone(kept):
-    "It answers as in evaluation, in whatever mode it is."
+    "It answers as in evaluation, in whatever mode it is, and stays in evaluation."
     predict = I.load_predictor(kept, device="cpu")
     want, before = predict(picture(3)), copy.deepcopy(predict.model.state_dict())
     predict.model.train()
-    assert predict(picture(3)) == want and all(m.training for m in predict.model.modules())
+    assert predict(picture(3)) == want and not any(m.training for m in predict.model.modules())
+    predict.model.train()
+    assert torch.equal(predict.explain(picture(3))[1], I.load_predictor(kept, device="cpu").explain(picture(3))[1])
+    assert not any(m.training or m._forward_hooks for m in predict.model.modules()) and all(p.grad is None for p in predict.model.parameters())
     for name, value in predict.model.state_dict().items(): assert torch.equal(value, before[name]), name
+
+
+class Meanwhile(nn.Module):
+    "Something happens while the network is asked."
+    def __init__(self, what): super().__init__(); self.net, self.what = my_net(3, 5), what
+    def forward(self, x):
+        out = self.net(x)
+        self.what()
+        return out
+
+
+def test_random_numbers_that_others_draw_meanwhile_are_not_taken_back():
+    drawn = []
+    predict = I.Predictor(Meanwhile(lambda: drawn.append(torch.rand(()).item())), KINDS, (16, 16), *NORM, device="cpu")
+    for _ in range(3): predict(picture(1)); predict.explain(picture(1))
+    assert len(drawn) == 9 == len(set(drawn)), "explain asks twice"
+
+
+def test_a_heat_is_of_its_own_thread():
+    "Another thread asks the same network in the middle of an explanation."
+    busy = []
+    def ask_too():
+        if busy: return
+        busy.append(True)
+        other = threading.Thread(target=lambda: busy.append(predict.explain(picture(2))[1]))
+        other.start(); other.join(30)
+        busy.clear() if len(busy) == 1 else found.append(busy.pop())
+        busy.clear()
+    found = []
+    torch.manual_seed(0)
+    predict = I.Predictor(Meanwhile(ask_too), KINDS, (16, 16), *NORM, device="cpu")
+    heat = predict.explain(picture(1))[1]
+    alone = I.Predictor(predict.model.net, KINDS, (16, 16), *NORM, device="cpu")
+    test_like(heat, alone.explain(picture(1))[1])
+    assert len(found) == 2
+    for one in found: test_like(one, alone.explain(picture(2))[1])
 
 
 def test_a_name_for_each_score(predictor):
@@ -900,6 +973,10 @@ def test_what_no_predictor_can_say(folder, learn, tmp_path):
     with pytest.raises(TypeError, match="several classes per photo"): I.export(several, tmp_path/"p", "exp.xresnet:xresnet18", **SMALL)
     alone = Learner(learn.model, DataLoaders(learn.dls.train), cross_entropy, quiet=True, device="cpu")
     with pytest.raises(ValueError, match="there is no validation loader"): I.export(alone, tmp_path/"p", "exp.xresnet:xresnet18", **SMALL)
+    theirs = Learner(learn.model, DataLoaders([], DataLoader(TensorDataset(torch.randn(4, 3, 64, 64), torch.arange(4) % 3), 2)), cross_entropy, quiet=True, device="cpu")
+    numbers = DataBlock(image_files, random_splitter(0), lambda file: 1.5, [open_byte, Resize(64)], [to_float, Normalize(*NORM)]).dataloaders(folder, 4, num_workers=0)
+    for one in (theirs, Learner(learn.model, numbers, cross_entropy, quiet=True, device="cpu")):
+        with pytest.raises(ValueError, match="no validation loader of a DataBlock with classes"): I.export(one, tmp_path/"p", "exp.xresnet:xresnet18", **SMALL)
     five = learner(folder, net=xresnet18(5, **SMALL))
     with pytest.raises(ValueError, match="names of their own"): I.export(five, tmp_path/"p", "exp.xresnet:xresnet18", n_classes=5, **SMALL)
     assert list(tmp_path.iterdir()) == []
@@ -1088,6 +1165,7 @@ def test_other_pages_are_not_answered(server, headers):
     for method, path in (("GET", "/"), ("POST", "/predict")):
         reply, found = ask(server, method, path, jpeg() if method == "POST" else None, **headers)
         assert reply.status == 403 and "classes" not in found
+    assert f"127.0.0.1:{server.server_port} " in found["error"]
 
 
 def test_its_own_page_is(server):
@@ -1111,8 +1189,14 @@ class Silent(nn.Module):
     def forward(self, x): return self.net(x)*float("nan")
 
 
-@pytest.mark.parametrize("net, status", [(nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 3)), 200), (Silent(), 500), (nn.Sequential(nn.Flatten(), nn.Linear(7, 3)), 500)],
-                         ids=["no maps", "no numbers", "an error"])
+class Aside(nn.Module):
+    "Its last maps feed no score."
+    def __init__(self): super().__init__(); self.net, self.more = my_net(3, 5), nn.Conv2d(3, 2, 3)
+    def forward(self, x): out = self.net(x); self.more(x); return out
+
+
+@pytest.mark.parametrize("net, status", [(nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 3)), 200), (Aside(), 200), (Silent(), 500), (nn.Sequential(nn.Flatten(), nn.Linear(7, 3)), 500)],
+                         ids=["no maps", "maps aside", "no numbers", "an error"])
 def test_a_network_without_maps_or_without_an_answer(net, status):
     made = served(I.Predictor(net, KINDS, (16, 16), *NORM, device="cpu"))
     try:

@@ -27,7 +27,7 @@ from .data import DataBlock, Normalize, grandparent_splitter, parent_label
 from .datasets import cache_folder, fetch, source_of
 from .hooks import Hooks, as_found
 from .learner import (
-    Callback, Learner, read_checkpoint, same_randomness, spread, write_checkpoint)
+    Callback, Learner, n_processes, read_checkpoint, same_randomness, spread, write_checkpoint)
 from .mixup import LabelSmoothingCrossEntropy
 from .optim import adamw
 from .photos import PhotoCache, RandomResizedCrop, image_files, to_float
@@ -100,11 +100,13 @@ def _course_weights(network: nn.Module) -> Mapping[str, Tensor]:
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     file = cache_folder()/"models"/f"xresnet18-{digest}.pt"
     try: return load_weights(network, read_checkpoint(file)["model"]).state_dict()
-    except FileNotFoundError: print(f"no {file.name} yet: training it", end="")
+    except FileNotFoundError: why = f"no {file.name} yet: training it"
     except (ValueError, AttributeError) as error:     # damaged, or of another network
-        print(f"{file.name}: {error}: training it anew", end="")
-    print(f", {course['epochs']} epochs: about 20 minutes on two cores, seconds at tiny scale")
-    own = file.with_name(f"{file.stem}-{os.getpid()}.pt")   # two processes do not share a file
+        why = f"{file.name}: {error}: training it anew"
+    if n_processes() > 1: raise RuntimeError(
+        f"{why} is for one process alone: call pretrained('xresnet18') once before all others")
+    print(f"{why}, {course['epochs']} epochs: about 20 minutes on two cores, seconds at tiny scale")
+    own = file.with_name(f"{file.stem}-{os.urandom(4).hex()}.pt")     # nobody else's
     file.parent.mkdir(parents=True, exist_ok=True)
     own.touch()                                             # a folder that fails, fails now
     try:
@@ -133,7 +135,8 @@ def pretrained(
     head: bool = False,   # with the head that it was trained with?
 ) -> nn.Module:           # on the CPU, a new one each time
     """A body that has seen photos: `cut` from its network. What is missing is trained first.
-    Raises: ValueError, ModuleNotFoundError without the package, FloatingPointError."""
+    Raises: ValueError, ModuleNotFoundError without the package, FloatingPointError; RuntimeError
+    where several processes would train it."""
     body = _body(name)
     network = body.build()
     load_weights(network, body.weights(network))
@@ -293,9 +296,10 @@ class Unfreeze(Callback):
         self.first = tuple(map(operator.index, first))
 
     def before_fit(self, learn: Learner):
-        n = len(learn.groups)
-        if not all(-n < first < n for first in self.first): raise ValueError(
-            f"first is {self.first} for {n} group(s) of parameters: a splitter makes more")
+        n, parts = len(learn.groups), learn.splitter and len([*learn.splitter(learn.model)])
+        if n != (parts or n) or not all(-n < first < n for first in self.first): raise ValueError(
+            f"first is {self.first} for {n} group(s) of parameters: a splitter makes more, and "
+            f"opt_func has to keep its groups as they are (splitter: {parts})")
         self.frozen = learn._frozen                      # by the user's own `freeze_to`
 
     def before_epoch(self, learn: Learner):
@@ -325,12 +329,13 @@ def _two_cycles(top: float, share: float) -> ParamScheduler:
 
 def fine_tune(
     learn: Learner,           # with a splitter, such as `split_groups`
-    n: int,                   # epochs in which all learn
+    n: int,                   # epochs in which all learn, but what you froze yourself
     base_lr: float = 2e-3,    # top rate of the last group, the head; half of it in those n epochs
     freeze_epochs: int = 1,   # epochs before them, in which only the last group learns
     cbs: Callback | Iterable[Callback] = (),  # such as FrozenNorms(); a schedule overrules base_lr
     resume: str | os.PathLike | None = None,  # a checkpoint of a call with the same freeze_epochs
-    ratio: float = 100.,      # rate of the last group over that of the first
+    ratio: float = 100.,      # rate of the last group over that of the first: 100 is customary,
+                              # 1 was better for the playing cards of lesson 12a
 ) -> None:
     """Train the head, then all, early layers with smaller rates: one fit of freeze_epochs + n.
     Give the loader drop_last=True: a head's norm fails on a batch of one. Raises: ValueError."""

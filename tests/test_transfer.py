@@ -386,6 +386,22 @@ def test_group_after_group():
         assert not watch.seen and all(p.requires_grad for p in learn.model.parameters())       # before the first epoch, and nothing stays frozen
 
 
+def test_an_optimizer_that_parts_the_groups_anew_is_refused():
+    "Its last group is no longer the head: only the head's vectors would learn at first."
+    def by_decay(groups, lr=1e-3):
+        return torch.optim.AdamW([{**g, "params": [p for p in g["params"] if (p.ndim > 1) == many], "weight_decay": .05*many}
+                                  for g in groups for many in (True, False)], lr)
+    def whole(groups, lr=1e-3): return torch.optim.AdamW(groups, lr)
+    learn = learner(opt_func=by_decay)
+    with pytest.raises(ValueError, match="for 6 group.*opt_func has to keep.*3"): T.fine_tune(learn, 1)
+    assert not learn.history and all(p.requires_grad for p in learn.model.parameters())
+    T.fine_tune(learner(opt_func=whole), 1)
+    def parted(model): return [[p for p in part if (p.ndim > 1) == many] for part in T.split_groups(model) for many in (True, False)]
+    learner(splitter=parted).fit(2, 1e-3, cbs=T.Unfreeze(-2, 0))           # the splitter itself may
+    def generated(model): yield from T.split_groups(model)
+    T.fine_tune(learner(splitter=generated), 1)
+
+
 class End(Callback):
     def __init__(self, error): self.error = error
     def after_step(self, learn): raise self.error
@@ -607,6 +623,25 @@ def test_a_cut_training_leaves_nothing(home, monkeypatch):
     monkeypatch.setattr(T, "_take_course", cut)
     with pytest.raises(KeyboardInterrupt): T.pretrained("xresnet18")
     assert not home.exists() or not any(home.iterdir())
+
+
+def test_processes_that_train_together_do_not_train_the_body(home, monkeypatch):
+    "Each would walk its share of the photos; a whole file each may read."
+    def together():
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda *args: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 1)
+    with monkeypatch.context() as monkeypatch:
+        together()
+        with pytest.raises(RuntimeError, match="yet: .*one process alone.*pretrained"): T.pretrained("xresnet18")
+        assert not home.exists() or not [*home.iterdir()]
+    alone = T.pretrained("xresnet18")
+    file, = home.iterdir()
+    with monkeypatch.context() as monkeypatch:
+        together()
+        assert same(dict(alone.state_dict()), dict(T.pretrained("xresnet18").state_dict()))
+        file.write_bytes(b"")
+        with pytest.raises(RuntimeError, match="damaged.*one process alone"): T.pretrained("xresnet18")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="starts two processes at once")

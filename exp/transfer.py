@@ -51,7 +51,7 @@ _PIXELS = ((.455, .448, .418), (.273, .27, .287))     # Imagenette's mean and de
 
 
 def _course() -> dict:
-    "The full course of lesson 12 in numbers; at tiny scale a short one of a small network."
+    "Lesson 12's full course, with smaller boxes; at tiny scale a short one of a small network."
     full = dict(widths=(64, 128, 256, 512), stem=(32, 32, 64), every=1, side=128, epochs=5, bs=32)
     small = dict(widths=(8, 8, 16, 16), stem=(4, 4, 8), every=4, side=32, epochs=2, bs=16)
     common = dict(lr=.004, decay=.05, least=.6, seed=0, pixels=_PIXELS)

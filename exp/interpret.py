@@ -484,12 +484,22 @@ def _write_whole(folder: Path, about: dict, content: dict) -> Path:
     return folder
 
 # %% ../nbs/12b_own_photos.ipynb #f98157af
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    "In eval mode; what trained before trains again. An idle network is touched by no thread."
+    trained = [m for m in model.modules() if m.training]
+    model.eval()
+    try: yield
+    finally:
+        for m in trained: m.training = True
+
+
 class Predictor:
     """A network and all that it needs to name a photo: predictor(photo) -> {class: probability}.
     Several threads may ask it at once; it draws no random numbers, and takes none back."""
     def __init__(
         self,
-        model: nn.Module,           # (bs, 3, *size) -> scores (bs, classes); kept in eval mode
+        model: nn.Module,           # (bs, 3, *size) -> scores (bs, classes), asked in eval mode
         classes: Sequence[str],     # in the order of the scores
         size: Sequence[int],        # height and width that the network is shown
         mean: Sequence[float],      # of the pixels, per channel
@@ -526,14 +536,14 @@ class Predictor:
         return self.batch([torch.full((3, *self.resize.size), 128, dtype=torch.uint8)])
 
     def __call__(self, photo: Any) -> dict[str, float]:    # as in `pixels`; the likeliest first
-        with torch.no_grad():
-            probs = F.softmax(self.model.eval()(self.batch([photo])).float(), 1)[0].tolist()
+        with torch.no_grad(), _evaluating(self.model):
+            probs = F.softmax(self.model(self.batch([photo])).float(), 1)[0].tolist()
         return dict(sorted(zip(self.classes, probs, strict=True), key=lambda pair: -pair[1]))
 
     def explain(self, photo: Any) -> tuple[Tensor, Tensor]:
         "What the network saw, (3, h, w) uint8, and the heat of its answer, (h, w) in [0, 1]."
         seen = self.pixels(photo)
-        cam = _cam(self.model.eval(), self.batch([seen]))
+        with _evaluating(self.model): cam = _cam(self.model, self.batch([seen]))
         return seen, heat_of(cam, seen.shape[1:])[0].cpu()
 
 

@@ -296,10 +296,12 @@ class Unfreeze(Callback):
         self.first = tuple(map(operator.index, first))
 
     def before_fit(self, learn: Learner):
-        n, parts = len(learn.groups), learn.splitter and len([*learn.splitter(learn.model)])
-        if n != (parts or n) or not all(-n < first < n for first in self.first): raise ValueError(
+        own = [{*map(id, group["params"])} for group in learn.groups]
+        n, parts = len(own), own[:1]
+        if learn.splitter: parts = [{*map(id, part)} for part in learn.splitter(learn.model)]
+        if own != parts or not all(-n < first < n for first in self.first): raise ValueError(
             f"first is {self.first} for {n} group(s) of parameters: a splitter makes more, and "
-            f"opt_func has to keep its groups as they are (splitter: {parts})")
+            f"opt_func has to keep them as they are (splitter: {learn.splitter and len(parts)})")
         self.frozen = learn._frozen                      # by the user's own `freeze_to`
 
     def before_epoch(self, learn: Learner):

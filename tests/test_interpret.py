@@ -767,14 +767,13 @@ def test_images_that_cannot_be_used(predictor, tmp_path):
 
 
 def test_answering_leaves_the_network_alone(kept):
-    "It answers as in evaluation, in whatever mode it is, and stays in evaluation."
+    "It answers as in evaluation, in whatever mode it is, and stays in that mode."
     predict = I.load_predictor(kept, device="cpu")
     want, before = predict(picture(3)), copy.deepcopy(predict.model.state_dict())
     predict.model.train()
-    assert predict(picture(3)) == want and not any(m.training for m in predict.model.modules())
-    predict.model.train()
+    assert predict(picture(3)) == want and all(m.training for m in predict.model.modules())
     assert torch.equal(predict.explain(picture(3))[1], I.load_predictor(kept, device="cpu").explain(picture(3))[1])
-    assert not any(m.training or m._forward_hooks for m in predict.model.modules()) and all(p.grad is None for p in predict.model.parameters())
+    assert all(m.training and not m._forward_hooks for m in predict.model.modules()) and all(p.grad is None for p in predict.model.parameters())
     for name, value in predict.model.state_dict().items(): assert torch.equal(value, before[name]), name
 
 
@@ -1339,3 +1338,18 @@ def test_checkers_take_every_right_answer_and_name_what_is_wrong(capsys):
     wrong(E.check_refusal_threshold, lambda top, keep: top.quantile(1 - keep).item() + 1e-3, "only|not the largest")
     wrong(E.check_refusal_threshold, lambda top, keep: top, "one number")
     assert capsys.readouterr().out.count("✓") == 9
+
+
+def test_asking_in_the_middle_of_a_training_does_not_end_it():
+    "A predictor made of the network that trains answers in eval mode, and the rest of the epoch trains as before."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    ask = I.Predictor(net, ["a", "b"], (16, 16), [.5]*3, [.5]*3, device="cpu")
+    photo = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    net.train()
+    for _ in range(3):
+        net(torch.randn(4, 3, 16, 16))
+        got = ask(photo)
+        ask.explain(photo)
+    assert net[1].num_batches_tracked == 3 and all(m.training for m in net.modules())
+    assert got == ask(photo)

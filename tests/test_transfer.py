@@ -878,3 +878,21 @@ def test_predictions_and_plans(capsys):
     refuses(E.check_unfreeze_plan, lambda n, each: negative(n, 1), "in epoch")
     refuses(E.check_unfreeze_plan, lambda n, each: [], "holds a number|freeze_to")
     refuses(E.check_unfreeze_plan, lambda n, each: 3, "list of whole numbers")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("split", [True, False])
+def test_groups_of_the_right_number_but_of_other_parameters_are_refused(split, turned):
+    "Weights and biases apart make two groups, as a body and a head do; and an order turned round freezes the head."
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Sequential(nn.Dropout(), nn.Linear(8, 3)))
+
+    def apart(groups, **options):
+        groups = [g if isinstance(g, dict) else {"params": [g]} for g in groups]
+        if turned and split: return torch.optim.AdamW(groups[::-1], **options)
+        ps = [p for g in groups for p in g["params"]]
+        return torch.optim.AdamW([{"params": [p for p in ps if (p.ndim > 1) == weights]} for weights in (True, False)], **options)
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    learn = Learner(net, DataLoaders([(x, y)]), nn.functional.cross_entropy, apart, .01, quiet=True,
+                    splitter=(lambda m: [list(part.parameters()) for part in m]) if split else None)
+    with pytest.raises(ValueError, match="keep them as they are"): learn.fit(2, cbs=T.Unfreeze(-1, 0))
+    assert all(p.requires_grad for p in net.parameters())

@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 MATRIX_TORCH ?=
 L ?=
+Y ?=
 LAB_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.installed
@@ -12,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 OFFLINE := env -u EXP_DATA -u EXP_MIRROR -u EXP_RECORD EXP_OFFLINE=1 EXP_SCALE=tiny OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 	JUPYTER_PLATFORM_DIRS=1 PYTHONPATH=tests/offline:$(CURDIR)/tests/offline
 
-.PHONY: help lab copy lesson test matrix bench record export clean install
+.PHONY: help doctor lab copy lesson progress milestone test matrix wheel bench record export clean install
 help:                ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -20,6 +21,9 @@ install: $(READY)    ## make .venv with the exact tested set (lab and test do th
 $(READY): constraints.txt settings.ini setup.py tools/install.py
 	@GOAL="$(or $(MAKECMDGOALS),lab)" TORCH_INDEX="$(TORCH_INDEX)" $(PYTHON) tools/install.py
 	@touch $@
+
+doctor:              ## is this machine ready, and what to do about each trouble; before and after the installation
+	@if [ -x $(BIN)/python ]; then $(BIN)/python tools/doctor.py; else $(PYTHON) tools/doctor.py; fi
 
 lab: $(READY)        ## open the lessons in JupyterLab; your own copies are there under my/
 	@mkdir -p my
@@ -32,6 +36,12 @@ copy: $(READY)       ## a clean copy of a lesson and its exercises into my/: mak
 lesson: $(READY)     ## run one lesson in a fresh kernel: make lesson L=05 (or L=my/05)
 	@$(BIN)/python tools/run_lesson.py "$(L)"
 
+progress: $(READY)   ## which lessons ran, and which of your exercises pass: make progress, or make progress L=05
+	@$(BIN)/python tools/progress.py "$(L)"
+
+milestone: $(READY)  ## run a step of the field's history again: make milestone lists them, Y=1989 runs one
+	@$(BIN)/python tools/milestones.py $(Y)
+
 test: $(READY)       ## everything CI checks, offline, on small data
 	$(BIN)/ruff check --quiet .
 	$(OFFLINE) $(BIN)/nbdev_test --n_workers 2
@@ -39,6 +49,9 @@ test: $(READY)       ## everything CI checks, offline, on small data
 
 matrix: $(READY)     ## the tests on other instructions, threads and (MATRIX_TORCH=its environment) PyTorch
 	$(BIN)/python tools/matrix.py "$(MATRIX_TORCH)"
+
+wheel: $(READY)      ## the package as a stranger gets it, in an empty environment: every module, the README's example
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tools/wheel.py
 
 bench: $(READY)      ## speed and memory, as ratios within one run
 	$(BIN)/python tests/benchmarks/run.py

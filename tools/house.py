@@ -1,4 +1,5 @@
-"""What is generated from one place: badges and links in every notebook, the map of lessons, the README's snippet and picture.
+"""What is generated from one place: badges and links in every notebook, the map of lessons and the roads through them, what may
+be skipped, the milestones, the board of results, the README's snippet and picture.
 
 usage: python tools/house.py [--check]      (--check: change nothing, list what is stale, exit 1 if anything is)
 """
@@ -14,7 +15,56 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
 PICTURE = NBS/"images"/"readme.png"
+BOARD = ROOT/"results"/"README.md"
 LABEL = "# The picture of the README"      # the cell that holds this comment draws it
+
+# Roads through the lessons, by number. A lesson of LATER that is not there yet is left out, and steps in when it arrives.
+LATER = {"12d", "13", "13a", "14"}
+ROADS = {
+    "Images": ("networks that see, from one multiplication to a photo of yours",
+               "00 00a 00b 01 02 02a 03 04 04a 05 05a 05c 05d 05e 06 08 08a 09 09b 10 12 12a 12b 14"),
+    "Text": ("networks that read: words, language models, a classifier",
+             "00 00a 01 02 02a 03 04 04a 05 05a 05b 05c 08 09 12c 12d 13"),
+    "Engineer": ("you know the mathematics and want `exp`, or a training library of your own",
+                 "00 00c 04 04a 05 05a 05b 05c 05e 08 08a 09 09a 11 13a 14"),
+    "One weekend": ("the idea of each layer, once, and photos of yours at the end",
+                    "00 01 02 02a 04 05 05c 05d 06 12a"),
+}
+
+# What a reader in a hurry may leave out, by lesson: a line of its title cell. *Names* are sections of that lesson.
+SKIP = {
+    "00": "Read *How a lesson works* and *The glossary of short names*; the rest is there to be looked up.",
+    "00a": "Read *The idea, in ten lines* and *`fetch`*. How to distrust an archive can wait.",
+    "00b": "Read *The idea, in fifteen lines*, and come back when you draw.",
+    "00c": "Read *In twelve lines* and *The judge: `test_like`*; come back when a lesson races, searches or records.",
+    "01": "Skip *Where the time goes* and *Rounding*: no later lesson builds on them.",
+    "02": "Skip *It must survive large scores* (lesson 04 has it again) and *A checker for every layer to come*.",
+    "02a": "Skip *When data changes behind the tape's back*, *What the tape keeps* and *What the tape costs*.",
+    "03": "Skip *What tanh does to it* and *Why √5?*",
+    "03a": "Skip all of it: later lessons do without.",
+    "04": "Skip *Stable is not yet accurate*, *An ablation ladder* and *Learning by heart*.",
+    "04a": "Skip *Other hands: threads* and *Other hands: processes* as long as your data fit into memory.",
+    "05": "Skip *Several processes* and, until lesson 12a, *Optimizers, groups and base rates* and *Two rates in one network*.",
+    "05a": "Skip *A log that is whole at any moment* and *Looking more often than once an epoch*.",
+    "05b": "Read *Is it enough to save the weights?* and *Save, load, resume*.",
+    "05c": "Skip *Round and round* and *Struck down, and back again*.",
+    "05d": "Skip *How far can one number see?* and what it says about looking.",
+    "05e": "Read *A hook in five lines* and *The life of a network, in pictures*.",
+    "06": "Skip *A variance that survives a mean of 1000* and *Why? An honest account*.",
+    "06a": "Skip all of it unless your batches are small or your data are texts.",
+    "07": "Skip all of it: later lessons do without.",
+    "08": "Skip *The same four questions: texts*, *… and a table* and *When something is wrong*.",
+    "08a": "Skip *A shorter road for plain JPEGs* and *Decode once*: they change the time, not the photos.",
+    "09": "Skip *Layers that do not trust their gradient*, *Two landscapes* and *What decay does under a norm*.",
+    "09a": "Skip all of it: the same numbers, sooner.",
+    "09b": "Skip *What if a photo shrinks?*, *From another side* and *What lies on a photo moves with it*.",
+    "10": "Skip *CutMix: a box instead of a ghost* and *Beside other libraries*.",
+    "11": "Read *Why not simply half of everything?* and *One callback*.",
+    "12": "Read it without running it, and skip *Cheap blocks for many channels* and *Channels last*.",
+    "12a": "Skip *Features once, not in every epoch* and *A body that has seen a thousand classes*.",
+    "12b": "Skip *What does an answer rest on?* and *Photos from elsewhere*.",
+    "12c": "Skip *How fast?* and, unless a language model is your aim, *One long text*.",
+}
 
 
 def settings() -> dict:
@@ -71,6 +121,34 @@ def reading_minutes(path: Path) -> int:
     return max(5, 5*round((words/150 + lines/15)/5))
 
 
+def number(path: Path) -> str:
+    "'04a' of 04a_loaders.ipynb."
+    return path.stem.split("_")[0]
+
+
+def title_cell(path: Path) -> str: return source(read(path)["cells"][0])
+
+
+def title(path: Path) -> str: return re.search(r"^# (.+)$", title_cell(path), flags=re.M)[1]
+
+
+def run_time(path: Path) -> tuple[int, str]:
+    "How long a lesson runs on a laptop's CPU, as its title cell says: (2, 'minutes')."
+    size, unit = re.search(r"\*\*Time\*\* (\d+) (s|min)", title_cell(path)).groups()
+    return int(size), {"s": "second", "min": "minute"}[unit] + "s"*(size != "1")
+
+
+def run_minutes(path: Path) -> float:
+    size, unit = run_time(path)
+    return size/60 if unit.startswith("second") else size
+
+
+def needs(path: Path) -> set[str]:
+    "The numbers of the lessons that a title cell names after 'You need'."
+    named = re.search(r"\*\*You need\*\* (.+?) · \*\*Time", title_cell(path))[1]
+    return set(re.findall(r"\]\((\d+[a-z]?)_\w+\.ipynb\)", named))
+
+
 # --- links -------------------------------------------------------------------------------------------------------------
 
 def nav(name: str, names: list[str]) -> str:
@@ -99,6 +177,12 @@ def colab_cell() -> str:
             f'if find_spec("exp") is None:\n    %pip install -q "{cfg["lib_name"]} @ git+{cfg["git_url"]}"')
 
 
+def with_skip(text: str, number: str) -> str:
+    "A title cell with the line for readers in a hurry at its end, if SKIP has one for this lesson."
+    text = re.sub(r"\n+\*\*In a hurry\?\*\*.*<!-- skip -->", "", text)
+    return text.rstrip() + f"\n\n**In a hurry?** {SKIP[number]} <!-- skip -->" if number in SKIP else text
+
+
 def furnish(nb, name: str, names: list[str] | None = None):
     "Fill in the generated parts of one notebook, in place."
     names = names or [p.stem for p in lessons()]
@@ -106,7 +190,8 @@ def furnish(nb, name: str, names: list[str] | None = None):
         text = source(cell)
         if cell["cell_type"] == "markdown" and "<!-- nav -->" in text:
             new = re.sub(r"^.*<!-- nav -->.*$", lambda m: nav(name, names), text, flags=re.M)
-        elif cell["cell_type"] == "markdown" and "<!-- map -->" in text: new = between(text, "map", lesson_map(inside_nbs=True))
+            if name in names: new = with_skip(new, name.split("_")[0])
+        elif cell["cell_type"] == "markdown" and any(f"<!-- {mark} -->" in text for mark in TABLES): new = filled(text, inside_nbs=True)
         elif text.strip() == "#| colab" or text.startswith("#| eval: false\n# On Colab this installs"): new = colab_cell()
         else: continue
         cell["source"] = new if isinstance(cell["source"], str) else new.splitlines(keepends=True)
@@ -126,9 +211,9 @@ def papers(nb) -> str:
 
 
 def records(stem: str, gpu: bool) -> list[dict]:
-    "A lesson's records from one kind of machine, headline first, then the best; exercises last."
+    "A lesson's records from one kind of machine, headline first, then the best; exercises and milestones last."
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"results").glob(f"{stem}-*.json"))]
-    return sorted((r for r in found if (r["scale"] == "gpu") == gpu), key=lambda r: (not r.get("headline"), r["what"].startswith("exercise"), -r["mean"]))
+    return sorted((r for r in found if (r["scale"] == "gpu") == gpu), key=lambda r: (not r.get("headline"), r["what"].startswith(("exercise", "milestone")), -r["mean"]))
 
 
 def result(stem: str, gpu: bool) -> str:
@@ -142,19 +227,89 @@ def result(stem: str, gpu: bool) -> str:
 
 def lesson_map(inside_nbs: bool = False) -> str:
     "Lesson → module → what it builds → papers → time → results, a Markdown table made from the notebooks and results/."
-    rows = ["| lesson | module | builds | papers | to read | to run | result on a CPU | result on a GPU |", "|---|---|---|---|---|---|---|---|"]
+    rows = []
     for path in lessons():
-        nb = read(path)
-        title = source(nb["cells"][0])
-        name = re.search(r"^# (.+)$", title, flags=re.M).group(1)
         modules = ", ".join(f"`exp.{m}`" for m in exports(path)) or "–"
-        builds = re.search(r"\*\*You will build\*\* (.+?) · ", title).group(1)
-        time = re.search(r"\*\*Time\*\* (.+)$", title, flags=re.M).group(1).replace(" on a laptop CPU", "").split(",")[0]
-        time = re.sub(r" min$", " minutes", re.sub(r" s$", " seconds", time)).replace("1 minutes", "1 minute")
+        builds = re.search(r"\*\*You will build\*\* (.+?) · ", title_cell(path))[1]
+        time = "{} {}".format(*run_time(path))
         link = path.name if inside_nbs else f"nbs/{path.name}"
-        cells = [f"[{name}]({link})", modules, builds, papers(nb), f"{reading_minutes(path)} minutes", time, result(path.stem, False), result(path.stem, True)]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        rows.append([f"[{title(path)}]({link})", modules, builds, papers(read(path)), f"{reading_minutes(path)} minutes", time,
+                     result(path.stem, False), result(path.stem, True)])
+    return grid(["lesson", "module", "builds", "papers", "to read", "to run", "result on a CPU", "result on a GPU"], rows)
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    "A Markdown table."
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, *rows]).replace("\n", f"\n|{'---|'*len(head)}\n", 1)
+
+
+# --- roads -----------------------------------------------------------------------------------------------------------------
+
+def hours(minutes: float) -> str:
+    "As '25 minutes' or '9 h 45 min', to the next five minutes."
+    whole = max(5, 5*round(minutes/5))
+    return f"{whole} minutes" if whole < 60 else f"{whole//60} h {whole % 60:02} min"
+
+
+def on_road(numbers: str) -> list[Path]:
+    "The lessons of a road that are there."
+    return [path for path in lessons() if number(path) in numbers.split()]
+
+
+def on_trust(stops: list[Path]) -> list[str]:
+    "What the lessons of a road need and the road leaves out."
+    return sorted(set().union(*map(needs, stops)) - set(map(number, stops)))
+
+
+def roads(inside_nbs: bool = False) -> str:
+    "Road → for whom → its lessons → minutes → what it takes on trust: sums of the lessons' own numbers."
+    folder, rows = "" if inside_nbs else "nbs/", []
+    for name, (why, numbers) in ROADS.items():
+        stops = on_road(numbers)
+        links = " → ".join(f"[{number(p)}]({folder}{p.name})" for p in stops)
+        rows.append([f"**{name}**", why, links, hours(sum(map(reading_minutes, stops))), hours(sum(map(run_minutes, stops))),
+                     ", ".join(on_trust(stops)) or "nothing"])
+    return grid(["road", "for", "lessons", "to read", "to run on a CPU", "on trust"], rows)
+
+
+def milestones(inside_nbs: bool = False) -> str:
+    "Year → step → what was reported then → what our run gave → how to run it: from tools/milestones.py and results/."
+    from milestones import MILESTONES, is_there, results
+    rows = [[m.year, m.step, m.then, results(m) or ("not yet measured" if is_there(m) else "–"),
+             f"`make milestone Y={key}`" if is_there(m) else f"comes with lesson {m.lesson.split('_')[0]}"]
+            for key, m in MILESTONES.items()]
+    return grid(["year", "step", "reported then", "ours", "run it"], rows)
+
+
+# --- the board ---------------------------------------------------------------------------------------------------------------
+
+def board_row(path: Path, record: dict) -> list[str]:
+    "Lesson, what, number, data, machine, commit of one record."
+    from exp.testing import result_text
+    commit = (record["commit"] or "unknown")[:7] + (" and changes" if record["dirty"] else "")
+    data = " ".join(filter(None, [record["data"]["name"], f"({record['data']['source']})" if record["data"]["source"] else ""]))
+    return [f"[{number(path)}](../nbs/{path.name})", record["what"].replace("|", "\\|"), result_text(record), str(len(record["values"])), data or "–",
+            record["device"], commit]
+
+
+def board(best: bool) -> str:
+    "The headline of each lesson and kind of machine, or every record."
+    rows = []
+    for path in lessons():
+        for found in (records(path.stem, gpu) for gpu in (False, True)):
+            rows += [board_row(path, r) for r in (found[:1] if best else found)]
+    return grid(["lesson", "what", "result", "runs", "data", "machine", "commit"], rows)
+
+
+TABLES = {"map": lesson_map, "roads": roads, "milestones": milestones,
+          "board": lambda inside_nbs: board(True), "records": lambda inside_nbs: board(False)}
+
+
+def filled(text: str, inside_nbs: bool = False) -> str:
+    "A text with every generated table in it brought up to date."
+    for mark, make in TABLES.items():
+        if f"<!-- {mark} -->" in text: text = between(text, mark, make(inside_nbs))
+    return text
 
 
 def between(text: str, mark: str, new: str) -> str:
@@ -194,8 +349,8 @@ def picture() -> bytes | None:
 
 
 def readme(text: str) -> str:
-    "The README with map and printed output brought up to date."
-    text = between(text, "map", lesson_map())
+    "The README with its tables and printed output brought up to date."
+    text = filled(text)
     printed = re.search(r"<!-- output -->\s*```text\n(.*?)```", text, flags=re.S)
     now = run_snippet(snippet(text))
     if printed and same_but_for_rounding(printed[1], now): return text
@@ -214,6 +369,7 @@ def generated() -> dict[Path, bytes]:
         furnish(nb, path.relative_to(NBS).with_suffix("").as_posix(), names)
         if json.dumps(nb) != before: files[path] = (json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
     files[ROOT/"README.md"] = readme((ROOT/"README.md").read_text(encoding="utf-8")).encode()
+    files[BOARD] = filled(BOARD.read_text(encoding="utf-8")).encode()
     png = picture()
     if png: files[PICTURE] = png
     return files

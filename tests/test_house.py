@@ -404,7 +404,7 @@ def test_one_cell_draws_the_readmes_picture():
 
 def test_links_between_our_files_lead_somewhere():
     dead = []
-    for path in [ROOT/"README.md", *notebooks()]:
+    for path in [*ROOT.glob("*.md"), ROOT/"results/README.md", *notebooks()]:
         text = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join(source(c) for c in read(path)["cells"] if c["cell_type"] == "markdown")
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
             if not re.match(r"[a-z]+:", target) and not (path.parent/target).exists(): dead.append(f"{path.name}: {target}")

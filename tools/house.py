@@ -211,9 +211,9 @@ def papers(nb) -> str:
 
 
 def records(stem: str, gpu: bool) -> list[dict]:
-    "A lesson's records from one kind of machine, headline first, then the best; exercises and milestones last."
+    "A lesson's records from one kind of machine, headline first, then the best; exercises, milestones and speeds last."
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"results").glob(f"{stem}-*.json"))]
-    return sorted((r for r in found if (r["scale"] == "gpu") == gpu), key=lambda r: (not r.get("headline"), r["what"].startswith(("exercise", "milestone")), -r["mean"]))
+    return sorted((r for r in found if (r["scale"] == "gpu") == gpu), key=lambda r: (not r.get("headline"), r["what"].startswith(("exercise", "milestone", "speed")), -r["mean"]))
 
 
 def result(stem: str, gpu: bool) -> str:

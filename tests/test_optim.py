@@ -609,14 +609,20 @@ def test_a_state_that_does_not_fit_changes_nothing():
     close(after["state"], before["state"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("saved, into", [(adamw, adam), (adam, adamw), (adam, radam), (adam, lamb), (lamb, adam), (sgd, lars), (lars, sgd), (torch.optim.AdamW, adam),
-                                         (torch.optim.Adam, adamw), (torch.optim.NAdam, adam), (lambda ps: torch.optim.Adam(ps, decoupled_weight_decay=True), adam),
+tells = "decoupled_weight_decay" in torch.optim.AdamW([torch.zeros(1)]).defaults
+told_apart = pytest.mark.skipif(not tells, reason="this PyTorch writes the same groups for Adam and AdamW: nothing tells them apart")
+
+
+@pytest.mark.parametrize("saved, into", [(adamw, adam), (adam, adamw), (adam, radam), (adam, lamb), (lamb, adam), (sgd, lars), (lars, sgd), (torch.optim.NAdam, adam),
+                                         pytest.param(torch.optim.AdamW, adam, marks=told_apart), pytest.param(torch.optim.Adam, adamw, marks=told_apart),
+                                         pytest.param(lambda ps: torch.optim.Adam(ps, decoupled_weight_decay=True), adam, marks=told_apart),
                                          (lambda ps: torch.optim.RAdam(ps, decoupled_weight_decay=True), radam), (lambda ps: torch.optim.Adam(ps, amsgrad=True), adam),
                                          (lambda ps: torch.optim.SGD(ps, maximize=True), sgd)])
 def test_what_does_not_mean_the_same_is_refused(saved, into):
     with pytest.raises(ValueError, match="another optimizer"): trained(into).load_state_dict(trained(saved).state_dict())
 
 
+@told_apart
 def test_pytorchs_decoupled_adam_is_adamw():
     fits = trained(lambda ps: torch.optim.Adam(ps, decoupled_weight_decay=True)).state_dict()
     trained(adamw).load_state_dict(fits)

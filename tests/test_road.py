@@ -32,6 +32,8 @@ def test_the_doctor_needs_nothing_but_python():
     assert not done.stderr and re.search(r"PyTorch +not here.*make lab", done.stdout) and "could not be examined" not in done.stdout
     assert {line.split()[1] for line in done.stdout.splitlines() if line[:1] in "✓○✗"} >= {"Python", "PyTorch", "packages", "exp", "processor", "disk"}
     assert done.returncode == int("✗" in done.stdout)
+    plain = subprocess.run([sys.executable, "-S", ROOT/"tools/doctor.py"], capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii"})
+    assert "? processor" in plain.stdout and not plain.stderr, "a console that knows no ✓"
 
 
 def test_the_doctor_finds_this_environment_well():

@@ -172,7 +172,7 @@ def check_speed():
         yield NOTE, "speed", f"{text}; there is no recorded figure to compare with"
         return
     slower = max(known[name]["mean"]/speed for name, speed in found.items())
-    told = "minutes on the way should hold" if .7 < slower < 1.4 else f"expect about {slower:.1f}× the minutes that lessons say"
+    told = "the minutes that lessons say should hold" if .7 < slower < 1.4 else f"expect about {slower:.1f}× the minutes that lessons say"
     yield (FINE if slower < 3 else NOTE), "speed", f"{text}; recorded {' and '.join(format(r['mean'], '.0f') for r in known.values())}: {told}"
 
 
@@ -197,6 +197,7 @@ def examine(checks=None) -> list[tuple]:
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")      # a file on Windows may know no ✓
     if "--record" in sys.argv: return keep_speed()
     found = examine()
     for sign, topic, text in found: print(f"{sign} {topic:12} {text}")

@@ -94,7 +94,7 @@ def test_the_speed_is_compared_with_the_record(tmp_path, monkeypatch):
     assert min(measured.values()) > 0
     monkeypatch.setattr(doctor, "speeds", lambda: {"matrix product": 50., "convolution": 20.})
     [(sign, _, text)] = doctor.check_speed()
-    assert sign == "○" and "no recorded figure" in text
+    assert sign == "○" and "no recorded figure" in text, text
     for name, mean in (("matrix product", 100.), ("convolution", 30.)):
         record(doctor.LESSON, doctor.SPEED.format(name), [mean], unit="GFLOP/s", folder=tmp_path/"results")
     [(sign, _, text)] = doctor.check_speed()
@@ -119,7 +119,7 @@ def test_what_a_checker_said():
 
 def test_one_broken_exercise_stops_no_other(tmp_path):
     cells = ["def check(name): print('✓', name)\ncheck_first = check_last = check", "1/0", "def loop():\n    while True:\n        try: import time; time.sleep(1)\n        except BaseException: pass",
-             "check_first('first')", "check_stuck(loop())", "import os; check_dead(os._exit(1))", "check_wrong(x)", "check_last('last')", "check_last('las')"]
+             "check_first('first')", "check_stuck(loop())", "import os\ncheck_dead(os._exit(1))", "check_wrong(x)", "check_last('last')", "check_last('las')"]
     nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells]), tmp_path/"00_x_exercises.ipynb")
     found = progress.exercises(tmp_path/"00_x_exercises.ipynb", limit=4)
     assert {name: sign for name, (sign, _) in found.items()} == {"first": "✓", "stuck": "✗", "dead": "✗", "wrong": "✗", "last": "○"}

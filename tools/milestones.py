@@ -1,4 +1,4 @@
-"""Steps of the field's history, run again with our own code: what was reported then, and what we get.
+"""Steps of the field's history, run again with our own code: what was reported, what we get.
 
 usage: python tools/milestones.py YEAR        (make milestone Y=1989; without a year: the list)
 """
@@ -28,13 +28,13 @@ class Milestone:
     starts: int = 0                   # of how many some may fail
 
 
-# --- 1986 ------------------------------------------------------------------------------------------------------------
+# --- 1986 -----------------------------------------------------------------------------------------
 
 LUCKY = 14      # a start from which it takes 427 sweeps
 
 
 def count_sweeps(seed: int, limit: int = 5000) -> int | None:
-    "Sweeps through all 64 rows of six lamps until two hidden units tell which are their own mirror image; None if never."
+    "Sweeps through 64 rows of six lamps until two hidden units tell which are symmetric, or None."
     import torch
 
     from exp.autograd import Tensor
@@ -65,7 +65,7 @@ def run_1986(path: Path) -> Iterator[tuple[str, int, float]]:
         else: print(f"start {seed} is stuck in a valley that is not the deepest")
 
 
-# --- 1989 ------------------------------------------------------------------------------------------------------------
+# --- 1989 -----------------------------------------------------------------------------------------
 
 def small_digits(path: Path, n_train: int, n_valid: int):
     "Loaders of digits with 16×16 pixels from -1 to 1."
@@ -76,7 +76,9 @@ def small_digits(path: Path, n_train: int, n_valid: int):
     from exp.loaders import DataLoader, TensorDataset
     x, y, x_valid, y_valid = load_idx(path)
 
-    def shrunk(x): return F.interpolate(x.view(-1, 1, 28, 28)[..., 4:24, 4:24], 16, mode="bilinear", antialias=True)*2 - 1
+    def shrunk(x):
+        middle = x.view(-1, 1, 28, 28)[..., 4:24, 4:24]
+        return F.interpolate(middle, 16, mode="bilinear", antialias=True)*2 - 1
     train = TensorDataset(shrunk(x[:n_train]), y[:n_train])
     valid = TensorDataset(shrunk(x_valid[:n_valid]), y_valid[:n_valid])
     return DataLoaders(DataLoader(train, 8, shuffle=True), DataLoader(valid, 500))
@@ -93,18 +95,20 @@ def run_1989(path: Path) -> Iterator[tuple[str, int, float]]:
     from exp.training import accuracy
 
     def distance(pred, yb): return F.mse_loss(pred, F.one_hot(yb, 10)*2. - 1)
-    n_train, n_valid, passes, n_seeds = at_scale(tiny=(80, 80, 1, 1), cpu=(7291, 2007, 23, 3), gpu=(7291, 2007, 23, 3))
+    full = 7291, 2007, 23, 3
+    n_train, n_valid, passes, n_seeds = at_scale(tiny=(80, 80, 1, 1), cpu=full, gpu=full)
     dls = small_digits(path, n_train, n_valid)
     for seed in range(n_seeds):
         set_seed(seed)
-        model = nn.Sequential(conv(1, 12, 5, act=nn.Tanh), conv(12, 12, 5, act=nn.Tanh), nn.Flatten(),
-                              nn.Linear(192, 30), nn.Tanh(), nn.Linear(30, 10), nn.Tanh())
+        model = nn.Sequential(conv(1, 12, 5, act=nn.Tanh), conv(12, 12, 5, act=nn.Tanh),
+                              nn.Flatten(), nn.Linear(192, 30), nn.Tanh(),
+                              nn.Linear(30, 10), nn.Tanh())
         learn = Learner(model, dls, distance, momentum, lr=.02, metrics=accuracy, device="cpu")
         learn.fit(passes)
         yield "errors", seed, 100 - 100*learn.history[-1]["accuracy"]
 
 
-# --- 2012 and 2015: two networks, the same photos ------------------------------------------------------------------------
+# --- 2012 and 2015: two networks, the same photos -------------------------------------------------
 
 def photo_loaders(path: Path):
     "One Imagenette photo in three, as lesson 12 takes them."
@@ -119,12 +123,14 @@ def photo_loaders(path: Path):
         train, valid = grandparent_splitter(files)
         return files[[*train[::every], *valid[::every]]]
     block = DataBlock(some, grandparent_splitter, parent_label,
-                      [PhotoCache(image_files(path), 160), RandomResizedCrop(side, (.35, 1))], [to_float, Flip(), Normalize()])
+                      [PhotoCache(image_files(path), 160), RandomResizedCrop(side, (.35, 1))],
+                      [to_float, Flip(), Normalize()])
     return block.dataloaders(path, 32, drop_last=True)
 
 
-def duel(path: Path, rivals: dict[str, Callable], opt_func: Callable, rates: dict[str, float] | None = None) -> Iterator[tuple[str, int, float]]:
-    "Accuracy of each network after five epochs, with its own best rate of one shared search unless rates are given."
+def duel(path: Path, rivals: dict[str, Callable], opt_func: Callable, lr: float | None = None
+         ) -> Iterator[tuple[str, int, float]]:
+    "Accuracy of each network after five epochs, at its best rate of one shared search, or at lr."
     from exp.learner import DataLoaders, Learner
     from exp.schedule import one_cycle
     from exp.setup import at_scale, set_seed
@@ -139,9 +145,12 @@ def duel(path: Path, rivals: dict[str, Callable], opt_func: Callable, rates: dic
         learn.fit(epochs, cbs=one_cycle(lr))
         return learn.history[-1]
     for name, make in rivals.items():
-        def loss(lr, seed, make=make): return train(make, seed, lr, search, DataLoaders(photo_loaders(path).train))["train_loss"]
-        lr = rates[name] if rates else best_rate(loss, grid, seeds=(99,), limit=at_scale(tiny=0, cpu=8, gpu=8)).best
-        for seed in range(n_seeds): yield name, seed, 100*train(make, seed, lr, epochs, photo_loaders(path))["accuracy"]
+        def loss(lr, seed, make=make):
+            only_train = DataLoaders(photo_loaders(path).train)
+            return train(make, seed, lr, search, only_train)["train_loss"]
+        best = lr or best_rate(loss, grid, seeds=(99,), limit=at_scale(tiny=0, cpu=8, gpu=8)).best
+        for seed in range(n_seeds):
+            yield name, seed, 100*train(make, seed, best, epochs, photo_loaders(path))["accuracy"]
 
 
 def run_2012(path: Path) -> Iterator[tuple[str, int, float]]:
@@ -152,8 +161,10 @@ def run_2012(path: Path) -> Iterator[tuple[str, int, float]]:
     from exp.optim import momentum
     from exp.setup import at_scale
     widths = at_scale(tiny=(4, 8), cpu=(32, 64, 128, 256), gpu=(32, 64, 128, 256))
+
+    def xavier(weight, a): return xavier_normal_(weight, 5/3)
     rivals = {"ReLU": lambda: init_cnn(simple_cnn(widths, ni=3)),
-              "tanh": lambda: init_cnn(simple_cnn(widths, ni=3, act=nn.Tanh), init=lambda w, a: xavier_normal_(w, 5/3))}
+              "tanh": lambda: init_cnn(simple_cnn(widths, ni=3, act=nn.Tanh), init=xavier)}
     return duel(path, rivals, partial(momentum, weight_decay=5e-4))
 
 
@@ -166,26 +177,48 @@ def run_2015(path: Path) -> Iterator[tuple[str, int, float]]:
     from exp.xresnet import XResNet, basic_block
     widths = at_scale(tiny=(4, 8, 8, 8), cpu=(16, 32, 64, 128), gpu=(16, 32, 64, 128))
 
-    def plain_block(ni, nf, stride, act, norm): return nn.Sequential(conv(ni, nf, 3, stride, act, norm), conv(nf, nf, 3, 1, act, norm))
-    rivals = {name: partial(XResNet, block, (3, 4, 6, 3), widths=widths, stem=(widths[0],)*3)
-              for name, block in {"34 plain layers": plain_block, "34 layers that add": basic_block}.items()}
-    return duel(path, rivals, partial(adamw, weight_decay=.05), dict.fromkeys(rivals, .003))
+    def plain_block(ni, nf, stride, act, norm):
+        return nn.Sequential(conv(ni, nf, 3, stride, act, norm), conv(nf, nf, 3, 1, act, norm))
+
+    def network(block): return XResNet(block, (3, 4, 6, 3), widths=widths, stem=(widths[0],)*3)
+    rivals = {"34 plain layers": partial(network, plain_block),
+              "34 layers that add": partial(network, basic_block)}
+    return duel(path, rivals, partial(adamw, weight_decay=.05), lr=.003)
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 MILESTONES = {
-    "1986": Milestone("1986", "Backpropagation (Rumelhart, Hinton & Williams, *Nature* 323)", "two hidden units find mirror symmetry in 1,425 sweeps",
-                      "02a_autograd", "sweeps", "", run_1986,
-                      "our tape finds the gradients; until all 64 outputs lie on the right side of ½; starts that need more than 5,000 sweeps are left out", 10),
-    "1989": Milestone("1989", "A network of convolutions reads zip codes (LeCun et al., *Neural Computation* 1)", "5.0 % errors on 2,007 digits after 23 passes over 7,291",
-                      "05d_cnn", "% errors", "mnist", run_1989, "as many digits, but MNIST's; every map of the second layer sees all of the first; batches of 8 with momentum"),
-    "2012": Milestone("2012", "AlexNet (Krizhevsky, Sutskever & Hinton)", "ReLU reaches 25 % training error six times sooner than tanh",
-                      "08a_photos", "%", "imagenette2-160", run_2012, "four layers on a third of Imagenette at 64 px, accuracy after 5 epochs"),
-    "2015": Milestone("2015", "ResNet (He, Zhang, Ren & Sun, arXiv:1512.03385)", "34 layers: 28.5 % errors plain, 25.0 % where they add (ImageNet)",
-                      "12_xresnet", "%", "imagenette2-160", run_2015, "narrow networks on a third of Imagenette at 64 px, accuracy after 5 epochs, the rate of lesson 12"),
-    "ulmfit": Milestone("2018", "ULMFiT (Howard & Ruder, arXiv:1801.06146)", "95.4 % on IMDB", "13_ulmfit"),
-    "dawnbench": Milestone("2018", "DAWNBench, a contest of speed (fast.ai's entry)", "ImageNet to 93 % in 3 hours on one machine, with sizes that grow, one cycle and half precision", "14_imagenette"),
+    "1986": Milestone(
+        "1986", "Backpropagation (Rumelhart, Hinton & Williams, *Nature* 323)",
+        "two hidden units find mirror symmetry in 1,425 sweeps",
+        "02a_autograd", "sweeps", "", run_1986,
+        "our tape finds the gradients; we count until all 64 outputs lie on the right side of ½, "
+        "and leave out starts that need more than 5,000 sweeps", 10),
+    "1989": Milestone(
+        "1989", "Convolutions read zip codes (LeCun et al., *Neural Computation* 1)",
+        "5.0 % errors on 2,007 digits after 23 passes over 7,291",
+        "05d_cnn", "% errors", "mnist", run_1989,
+        "as many digits, but MNIST's; every map of the second layer sees all of the first; batches "
+        "of 8 with momentum"),
+    "2012": Milestone(
+        "2012", "AlexNet (Krizhevsky, Sutskever & Hinton)",
+        "ReLU reaches 25 % training error six times sooner than tanh (CIFAR-10)",
+        "08a_photos", "%", "imagenette2-160", run_2012,
+        "four layers on a third of Imagenette at 64 px, accuracy after 5 epochs, each at its best "
+        "rate"),
+    "2015": Milestone(
+        "2015", "ResNet (He, Zhang, Ren & Sun, arXiv:1512.03385)",
+        "34 layers: 28.5 % errors plain, 25.0 % where they add (ImageNet)",
+        "12_xresnet", "%", "imagenette2-160", run_2015,
+        "narrow networks on a third of Imagenette at 64 px, accuracy after 5 epochs, the rate that "
+        "lesson 12 found for wider ones"),
+    "ulmfit": Milestone(
+        "2018", "ULMFiT (Howard & Ruder, arXiv:1801.06146)", "95.4 % on IMDB", "13_ulmfit"),
+    "dawnbench": Milestone(
+        "2018", "DAWNBench, a contest of speed (fast.ai's entry)",
+        "ImageNet to 93 % in 3 hours on one machine, with sizes that grow, one cycle and half "
+        "precision", "14_imagenette"),
 }
 
 
@@ -197,10 +230,13 @@ def is_there(milestone: Milestone) -> bool:
 def results(milestone: Milestone) -> str:
     "Our records of it in words: '98.1 ± 0.2 % (label)'."
     from exp.testing import result_text
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT/"results").glob(f"{milestone.lesson}-milestone-*.json"))]
+    files = sorted((ROOT/"results").glob(f"{milestone.lesson}-milestone-*.json"))
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in files]
     mine = [r for r in found if r["what"].startswith(f"milestone {milestone.year}: ")]
-    words = [f"{r['what'].split(': ')[1]} {result_text(r)}" if len(mine) > 1 else result_text(r) for r in mine]
-    return ", ".join(words) + (f" ({len(mine[0]['values'])} of {milestone.starts} starts)" if mine and milestone.starts else "")
+    words = [f"{r['what'].split(': ')[1]} {result_text(r)}" for r in mine]
+    if len(mine) != 1: return ", ".join(words)
+    how_many = f" ({len(mine[0]['values'])} of {milestone.starts} starts)"
+    return result_text(mine[0]) + how_many*bool(milestone.starts)
 
 
 def run(milestone: Milestone) -> list[dict]:
@@ -208,23 +244,33 @@ def run(milestone: Milestone) -> list[dict]:
     from exp.datasets import fetch
     from exp.setup import small_network_threads
     from exp.testing import record
-    if not milestone.data or milestone.data == "mnist": small_network_threads()
+    small = milestone.data in ("", "mnist")       # no photos: one thread of the CPU
+    if small: small_network_threads()
     path, runs, start = fetch(milestone.data) if milestone.data else "", {}, time.perf_counter()
     for label, seed, number in milestone.run(path):
         now = time.perf_counter()
-        print(f"{label}, seed {seed}: {number:.4g} {milestone.unit} ({now - start:.0f} s)", flush=True)
+        print(f"{label}, seed {seed}: {number:.4g} {milestone.unit}, {now - start:.0f} s",
+              flush=True)
         runs.setdefault(label, []).append((seed, number, now - start))
         start = now
-    return [record(milestone.lesson, f"milestone {milestone.year}: {label}", [n for _, n, _ in found], unit=milestone.unit, data=path,
-                   seeds=[s for s, _, _ in found], seconds=[t for _, _, t in found], differs=milestone.differs,
-                   **({"device": "cpu"} if milestone.data in ("", "mnist") else {})) for label, found in runs.items()]
+    records = []
+    for label, found in runs.items():
+        seeds, numbers, seconds = zip(*found)
+        records.append(record(
+            milestone.lesson, f"milestone {milestone.year}: {label}", numbers, unit=milestone.unit,
+            data=path, seeds=seeds, seconds=seconds, device="cpu" if small else None,
+            differs=milestone.differs))
+    return records
 
 
 def main():
     key = sys.argv[1] if len(sys.argv) > 1 else ""
     if key not in MILESTONES:
-        for name, m in MILESTONES.items(): print(f"{name:10} {m.step}: {m.then}" + ("" if is_there(m) else f" (comes with lesson {m.lesson})"))
-        sys.exit(f"no milestone {key!r}: say Y=YEAR with one of {', '.join(MILESTONES)}" if key else 0)
+        for name, m in MILESTONES.items():
+            later = "" if is_there(m) else f" (comes with lesson {m.lesson})"
+            print(f"{name:10} {m.step}: {m.then}{later}")
+        names = ", ".join(MILESTONES)
+        sys.exit(f"no milestone {key!r}: say Y=YEAR with one of {names}" if key else 0)
     m = MILESTONES[key]
     if not is_there(m): sys.exit(f"{m.step}: comes with lesson {m.lesson}")
     print(f"{m.year} · {m.step}\nreported then: {m.then}\nhere: {m.differs}\n")

@@ -1,10 +1,12 @@
-"""Build the wheel, install it into an empty environment, and try it there: what a stranger gets from `pip install`.
+"""Build the wheel and try it in an empty environment: what a stranger gets from `pip install`.
 
-usage: python tools/wheel.py [REQUIREMENT …]      (make wheel; python tools/wheel.py torch==2.4.1 "numpy<2" for other versions)
+usage: python tools/wheel.py [REQUIREMENT …]
+       (make wheel; for other versions python tools/wheel.py torch==2.4.1 "numpy<2")
 
-TORCH_INDEX=ADDRESS is the index PyTorch comes from, as for make install. Everything lies in build/wheel, and nothing of the checkout
-is on the path when the package is tried: every module imports, the README's example runs on the stand-ins, and so does
-python -m exp.imagenette once there is one.
+TORCH_INDEX=ADDRESS is the index PyTorch comes from, as for make install. Everything lies in
+build/wheel, and nothing of the checkout is on the path when the package is tried: every module
+imports, the README's example runs on the stand-ins, and so does python -m exp.imagenette once there
+is one.
 """
 import os
 import shutil
@@ -27,10 +29,15 @@ print(f"{len(names)} modules import")
 """
 
 
+def pip(python: Path | str, *words):
+    subprocess.run([python, "-m", "pip", words[0], "--quiet", *words[1:]], check=True)
+
+
 def build(folder: Path) -> Path:
     "The wheel of this checkout."
-    for old in (folder, ROOT/"build"/"lib"): shutil.rmtree(old, ignore_errors=True)     # a module that is gone would come along
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT], check=True)
+    for old in (folder, ROOT/"build"/"lib"):      # there lie modules that are gone
+        shutil.rmtree(old, ignore_errors=True)
+    pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", folder, ROOT)
     return next(folder.glob("*.whl"))
 
 
@@ -38,9 +45,10 @@ def lacking(wheel: Path) -> list[str]:
     "What should be in the wheel and is not: modules, stand-ins, the licence."
     held = set(zipfile.ZipFile(wheel).namelist())
     modules = [p.relative_to(ROOT).as_posix() for p in (ROOT/"exp").rglob("*.py")]
-    tracked = subprocess.run(["git", "ls-files", "data"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
-    standins = [f"exp/standins/{name.removeprefix('data/')}" for name in filter(None, tracked)]
-    return [name for name in modules + standins if name not in held] + ["LICENSE"]*(not any(n.endswith("LICENSE") for n in held))
+    listed = subprocess.run(["git", "ls-files", "data"], cwd=ROOT, capture_output=True, text=True)
+    standins = [f"exp/standins/{name.removeprefix('data/')}" for name in listed.stdout.splitlines()]
+    licence = ["LICENSE"]*(not any(name.endswith("LICENSE") for name in held))
+    return [name for name in modules + standins if name not in held] + licence
 
 
 def environment(folder: Path, wheel: Path, wanted: list[str]) -> Path:
@@ -49,18 +57,20 @@ def environment(folder: Path, wheel: Path, wanted: list[str]) -> Path:
     python = folder/("Scripts/python.exe" if os.name == "nt" else "bin/python")
     index = os.environ.get("TORCH_INDEX", "")
     torch = next((w for w in wanted if w.startswith("torch")), "torch")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", torch, *([] if index in ("", "default") else ["--index-url", index])], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel, *wanted], check=True)
+    pip(python, "install", torch, *([] if index in ("", "default") else ["--index-url", index]))
+    pip(python, "install", wheel, *wanted)
     return python
 
 
 def attempt(python: Path, folder: Path) -> list[str]:
     "Try the installed package, away from the checkout; what failed."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("EXP_", "PYTHONPATH"))}
-    env |= dict(EXP_OFFLINE="1", EXP_SCALE="tiny", OMP_NUM_THREADS="1", MPLBACKEND="agg", PYTHONUTF8="1")
+    env |= dict(EXP_OFFLINE="1", EXP_SCALE="tiny", OMP_NUM_THREADS="1", MPLBACKEND="agg",
+                PYTHONUTF8="1")
     here = folder/"elsewhere"
     here.mkdir(parents=True, exist_ok=True)
-    runs = {"every module imports": ["-c", IMPORTS], "the README's example": ["-c", snippet((ROOT/"README.md").read_text(encoding="utf-8"))]}
+    example = snippet((ROOT/"README.md").read_text(encoding="utf-8"))
+    runs = {"every module imports": ["-c", IMPORTS], "the README's example": ["-c", example]}
     if (ROOT/"exp/imagenette.py").exists():
         runs["exp.imagenette"] = ["-m", "exp.imagenette", "--size", "64", "--epochs", "1"]
     failed = []

@@ -118,7 +118,7 @@ def test_what_a_checker_said():
 
 
 def test_one_broken_exercise_stops_no_other(tmp_path):
-    cells = ["def check(name): print('✓', name)\ncheck_first = check_last = check", "1/0", "def loop():\n    while True:\n        try: import time; time.sleep(1)\n        except BaseException: pass",
+    cells = ["def check(name): print('✓', name)\ncheck_first = check_stuck = check_dead = check_wrong = check_last = check", "1/0", "def loop():\n    while True:\n        try: import time; time.sleep(1)\n        except BaseException: pass",
              "check_first('first')", "check_stuck(loop())", "import os\ncheck_dead(os._exit(1))", "check_wrong(x)", "check_last('last')", "check_last('las')"]
     nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells]), tmp_path/"00_x_exercises.ipynb")
     found = progress.exercises(tmp_path/"00_x_exercises.ipynb", limit=6)

@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 OFFLINE := env -u EXP_DATA -u EXP_MIRROR -u EXP_RECORD EXP_OFFLINE=1 EXP_SCALE=tiny OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 	JUPYTER_PLATFORM_DIRS=1 PYTHONPATH=tests/offline:$(CURDIR)/tests/offline
 
-.PHONY: help doctor lab copy lesson progress milestone test matrix wheel bench record export clean install
+.PHONY: help doctor lab copy lesson progress milestone docs test matrix wheel bench record export clean install
 help:                ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
@@ -41,6 +41,9 @@ progress: $(READY)   ## which lessons ran, and which of your exercises pass: mak
 
 milestone: $(READY)  ## run a step of the field's history again: make milestone lists them, Y=1989 runs one
 	@$(BIN)/python tools/milestones.py $(Y)
+
+docs: $(READY)       ## the site, into _docs/: every lesson and exercise as a page, and a reference of exp
+	@$(BIN)/python tools/docs.py
 
 test: $(READY)       ## everything CI checks, offline, on small data
 	$(BIN)/ruff check --quiet .

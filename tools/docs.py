@@ -62,7 +62,8 @@ def contents(site: Site) -> list[dict]:
     def part(folder):
         found = [nb for path, nb in site.items() if path.parent == NBS/folder]
         first = [nb for nb in found if nb.stem == "index"]
-        return [{text: name} for nb in first + [nb for nb in found if nb not in first]
+        return [{"Contents" if nb in first else text: name}
+                for nb in first + [nb for nb in found if nb not in first]
                 for name, text in nb.pages().items()]
     parts = {name: part(name.lower().replace("lessons", ""))
              for name in ("Lessons", "Exercises", "Solutions")}

@@ -110,7 +110,7 @@ def test_every_public_name_has_a_home_in_a_lesson():
 
 # --- Markdown ------------------------------------------------------------------------------------------------------------
 
-COUNTED = ("li", "table", "td", "blockquote", "em", "strong", "code", "pre", "p", "h1", "h2", "h3")
+COUNTED = ("li", "table", "td", "em", "strong", "code", "pre", "p", "h1", "h2", "h3")
 
 
 def shape(html: str) -> dict[str, int]:
@@ -119,13 +119,24 @@ def shape(html: str) -> dict[str, int]:
     return {tag: found[tag] for tag in COUNTED}
 
 
+def read_both_ways(text: str) -> tuple[dict, dict]:
+    "The shape of a text as Jupyter and as the site reads it, formulas and comments aside."
+    text = re.sub(r"\$\$.+?\$\$|(?<![\w`$])\$[^$`\n]+\$", "formula", re.sub(r"<!--.*?-->", "", text, flags=re.S), flags=re.S)
+    return (shape(MarkdownIt("commonmark").enable("table").render(text)),
+            shape(markdown.markdown(text, extensions=["tables", "fenced_code"])))
+
+
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
 def test_text_means_the_same_to_jupyter_and_to_the_site(path):
-    jupyter, ours = MarkdownIt("commonmark").enable("table"), markdown.Markdown(extensions=["tables", "fenced_code"])
     for cell in read(path)["cells"]:
         if cell["cell_type"] != "markdown": continue
-        text = re.sub(r"\$\$.+?\$\$|(?<![\w`$])\$[^$`\n]+\$", "formula", re.sub(r"<!--.*?-->", "", source(cell)), flags=re.S)
-        assert shape(ours.reset().convert(text)) == shape(jupyter.render(text)), f"read differently:\n{source(cell)}"
+        jupyter, ours = read_both_ways(source(cell))
+        assert jupyter == ours, f"read differently (a blank line before a list or table?):\n{source(cell)}"
+
+
+def test_the_comparison_of_readings_can_fail():
+    jupyter, ours = read_both_ways("A list:\n- one\n- two $a*b*c$")
+    assert jupyter["li"] == 2 and ours["li"] == 0 and jupyter["em"] == 0
 
 
 def test_links_of_a_notebook_find_their_page():
@@ -141,11 +152,13 @@ def test_links_of_a_notebook_find_their_page():
     with pytest.raises(ValueError, match="links to nowhere.ipynb"): to("nowhere.ipynb")
 
 
-def cells(*texts): return [(nbformat.v4.new_code_cell if t.startswith("x") else nbformat.v4.new_markdown_cell)(t) for t in texts]
+def cells(*texts) -> list:
+    "Cells of a notebook: code starts with x, and an x alone is an empty cell."
+    return [nbformat.v4.new_code_cell(t[t == "x":]) if t.startswith("x") else nbformat.v4.new_markdown_cell(t) for t in texts]
 
 
 def test_long_notebooks_are_cut_at_sections():
-    given = cells("# Title", "x = 1", "an end\n\n## One\n\n### Inner", "x = 2", "## Two", "## Three\n\ntext")
+    given = cells("x", "# Title", "x = 1", "an end\n\n## One\n\n### Inner", "x = 2", "## Two", "## Three\n\ntext")
     found = pages.sections(given)
     assert [[c.source for c in part] for part in found] == [["# Title", "x = 1", "an end\n\n"], ["## One\n\n### Inner", "x = 2"], ["## Two"], ["## Three\n\ntext"]]
     assert len(pages.cut(given, 1e6)) == 1
@@ -257,7 +270,7 @@ def browser():
     if CHROMIUM is None: pytest.skip("no browser here")
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as play:
-        made = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        made = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)
         yield made
         made.close()
 
@@ -286,7 +299,7 @@ def visit(browser, address):
 def test_search_finds_a_section(visit):
     page = visit("index.html")
     word = [h for h in re.findall(r"^## (.+)$", text_of(CHOSEN[0]), flags=re.M) if re.fullmatch(r"[\w ,]+", h)][2]
-    page.locator("label[for=__search]").first.click()
+    page.locator(".md-search__input").click()
     page.locator(".md-search__input").fill(f'"{word}"')
     found = page.locator(".md-search-result__link").filter(has_text=word)
     found.first.wait_for(state="attached")

@@ -58,7 +58,8 @@ def modules() -> list[str]:
 @cache
 def title(path: Path) -> str:
     "The heading of a notebook."
-    return re.search(r"^# (.+)$", source(read(path)["cells"][0]), flags=re.M)[1]
+    text = "\n".join(source(c) for c in read(path)["cells"] if c["cell_type"] == "markdown")
+    return re.search(r"^# (.+)$", text, flags=re.M)[1]
 
 
 def repository(path: Path) -> str:
@@ -83,7 +84,9 @@ def sections(cells: list) -> list[list]:
     "Cells by section; a cell that goes on into the next section is cut there."
     out = [[]]
     for cell in cells:
-        if cell.cell_type == "code": out[-1].append(cell); continue
+        if cell.cell_type == "code":
+            if cell.source.strip(): out[-1].append(cell)
+            continue
         for piece in re.split(r"^(?=## )", cell.source, flags=re.M):
             if piece.startswith("## "): out.append([])
             if piece.strip(): out[-1].append(nbformat.v4.new_markdown_cell(piece))

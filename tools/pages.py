@@ -3,7 +3,6 @@
 A page of a lesson and the reference of the package point at each other, name by name.
 """
 import ast
-import math
 import posixpath
 import re
 import struct
@@ -18,7 +17,7 @@ from markdown.extensions.toc import slugify
 from reference import definitions, names
 
 EXP = ROOT/"exp"
-PART = 52_000        # a long notebook is cut into parts of about so many bytes of HTML
+PART = 40_000        # a long notebook is cut into parts of about so many bytes, bars aside
 
 
 # --- who is where --------------------------------------------------------------------------------
@@ -100,15 +99,21 @@ def weight(cell) -> float:
     return 120 + len(cell.source)*(2.4 if cell.cell_type == "code" else 1.3) + outputs
 
 
+def packed(found: list[list], most: float) -> list[list]:
+    "Sections put together, in order, while they weigh no more than `most`."
+    parts, room = [], 0
+    for part in found:
+        if not parts or sum(map(weight, part)) > room: parts.append([]); room = most
+        parts[-1].extend(part)
+        room -= sum(map(weight, part))
+    return parts
+
+
 def cut(cells: list, most: float) -> list[list]:
     "As few parts as possible, of about equal weight, each of whole sections."
     found = sections(cells)
-    weights = [sum(map(weight, part)) for part in found]
-    n, before, parts = math.ceil(sum(weights)/most), 0, {}
-    for part, w in zip(found, weights):
-        parts.setdefault(int((before + w/2)*n/sum(weights)), []).extend(part)
-        before += w
-    return [*parts.values()]
+    tries = [packed(found, most*percent/100) for percent in range(5, 101, 5)]
+    return next(parts for parts in tries if len(parts) == len(tries[-1]))
 
 
 class Notebook:

@@ -119,8 +119,7 @@ def method(func: Function, owner: str, said: dict[int, str]) -> str:
     if any("property" in ast.unparse(d) for d in func.decorator_list):
         return f"**`.{func.name}`** {said_of(func)}"
     full = f"{owner}.{func.name}"
-    return f'### {full} {{ #{full} data-toc-label=".{func.name}" }}\n\n' + function(
-        func, f".{func.name}", said)
+    return f"#### {full} {{ #{full} }}\n\n{function(func, f'.{func.name}', said)}"
 
 
 def class_(node: ast.ClassDef, said: dict[int, str]) -> str:

@@ -20,6 +20,7 @@ from reference import escape, module_page
 
 DOCS, SITE = ROOT/"docs", ROOT/"_docs"
 LIMIT = 80_000       # bytes of HTML that a page may have
+PARTS = {"nbs": "Lessons", "exercises": "Exercises", "solutions": "Solutions"}
 
 
 def write(file: Path, text: str | bytes):
@@ -58,17 +59,16 @@ def write_reference(site: Site, folder: Path):
 
 
 def contents(site: Site) -> list[dict]:
-    "The way through the site: lessons, exercises, solutions, reference."
-    def part(folder):
-        found = [nb for path, nb in site.items() if path.parent == NBS/folder]
-        first = [nb for nb in found if nb.stem == "index"]
-        return [{"Contents" if nb in first else text: name}
-                for nb in first + [nb for nb in found if nb not in first]
-                for name, text in nb.pages().items()]
-    parts = {name: part(name.lower().replace("lessons", ""))
-             for name in ("Lessons", "Exercises", "Solutions")}
-    reference = [{"Modules": "api/index.md"}, *({f"exp.{m}": f"api/{m}.md"} for m in modules())]
-    return [{name: found} for name, found in parts.items() if found] + [{"Reference": reference}]
+    "The way through the site: lessons, exercises, solutions, reference; parts below their lesson."
+    def way(notebook):
+        found = [{text: name} for name, text in notebook.pages().items()]
+        return found[0] if len(found) == 1 else {title(notebook.path): found}
+    parts = {"Lessons": [{"Contents": "index.md"}], "Exercises": [], "Solutions": [],
+             "Reference": [{"Modules": "api/index.md"}]}
+    for path, notebook in site.items():
+        if notebook.stem != "index": parts[PARTS[path.parent.name]].append(way(notebook))
+    parts["Reference"] += [{f"exp.{name}": f"api/{name}.md"} for name in modules()]
+    return [{name: found} for name, found in parts.items() if found]
 
 
 def slim(html: str) -> str:

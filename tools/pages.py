@@ -17,7 +17,7 @@ from markdown.extensions.toc import slugify
 from reference import definitions, names
 
 EXP = ROOT/"exp"
-PART = 40_000        # a long notebook is cut into parts of about so many bytes, bars aside
+PART = 48_000        # a long notebook is cut into parts of about so many bytes, bars aside
 
 
 # --- who is where --------------------------------------------------------------------------------

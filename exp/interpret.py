@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUILDERS', 'PREDICTORS', 'LIMIT', 'Verdict', 'Interpretation', 'find_broken', 'difference_hash', 'hamming',
            'find_doubles', 'out_of_fold', 'write_review', 'apply_review', 'undo_review', 'grad_cam', 'heat_of',
-           'export', 'write_predictor', 'Predictor', 'load_predictor', 'page_of', 'page_server', 'main']
+           'export', 'write_predictor', 'evaluating', 'Predictor', 'load_predictor', 'page_of', 'page_server', 'main']
 
 # %% ../nbs/12b_own_photos.ipynb #d709e856
 import argparse
@@ -402,8 +402,8 @@ def _photo_recipe(learn: Learner) -> dict:
 def _rebuilt(build: Callable | None, name: str, arguments: dict, state: dict) -> nn.Module:
     "The network of a description, in evaluation mode. Raises: ValueError, TypeError."
     if not (build or name in BUILDERS): raise ValueError(
-        f"builder {name!r} is not one of {', '.join(BUILDERS)}: import its module first, or give "
-        "build=, a function of yours")
+        f"builder {name!r} is not one of {', '.join(BUILDERS)}: import {name.split(':')[0]!r} "
+        "first, or give build=, a function of yours")
     build = build or BUILDERS[name]
     with same_randomness(): return load_weights(build(**arguments), state).cpu().eval()
 
@@ -484,14 +484,25 @@ def _write_whole(folder: Path, about: dict, content: dict) -> Path:
     return folder
 
 # %% ../nbs/12b_own_photos.ipynb #f98157af
+_ASKING, _asked = Lock(), {}      # networks that are asked just now, and by how many
+
+
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    "In eval mode; what trained before trains again. An idle network is touched by no thread."
-    trained = [m for m in model.modules() if m.training]
-    model.eval()
+def evaluating(
+    model: nn.Module,     # asked inside the `with`
+) -> Iterator[None]:
+    "In eval mode; what trained before trains again, once the last thread has its answer."
+    with _ASKING:
+        users, trained = _asked.get(model) or (0, [m for m in model.modules() if m.training])
+        _asked[model] = users + 1, trained
+        model.eval()
     try: yield
     finally:
-        for m in trained: m.training = True
+        with _ASKING:
+            users, trained = _asked.pop(model)
+            if users > 1: _asked[model] = users - 1, trained
+            else:
+                for m in trained: m.training = True
 
 
 class Predictor:
@@ -536,14 +547,14 @@ class Predictor:
         return self.batch([torch.full((3, *self.resize.size), 128, dtype=torch.uint8)])
 
     def __call__(self, photo: Any) -> dict[str, float]:    # as in `pixels`; the likeliest first
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             probs = F.softmax(self.model(self.batch([photo])).float(), 1)[0].tolist()
         return dict(sorted(zip(self.classes, probs, strict=True), key=lambda pair: -pair[1]))
 
     def explain(self, photo: Any) -> tuple[Tensor, Tensor]:
         "What the network saw, (3, h, w) uint8, and the heat of its answer, (h, w) in [0, 1]."
         seen = self.pixels(photo)
-        with _evaluating(self.model): cam = _cam(self.model, self.batch([seen]))
+        with evaluating(self.model): cam = _cam(self.model, self.batch([seen]))
         return seen, heat_of(cam, seen.shape[1:])[0].cpu()
 
 
@@ -610,6 +621,7 @@ function show(text, found = {}) {
   part('words').replaceChildren(...(found.words ?? []).map(mark))
   if (found.photo) { part('photo').src = found.photo; part('heat').src = found.heat }
 }
+let said = found => 'Most likely: ' + found.classes[0][0] + (found.note ?? '')
 function bar([name, p]) {
   const row = document.createElement('li'), meter = document.createElement('meter')
   meter.value = p; row.append(name, meter, (100*p).toFixed(1) + ' %'); return row
@@ -624,11 +636,12 @@ async function ask(file) {
   const mine = ++turn; show('Looking …')
   try {
     const reply = await fetch('/predict', {method: 'POST', body: file}), found = await reply.json()
-    if (mine == turn) show(found.error ?? 'Most likely: ' + found.classes[0][0], found)
+    if (mine == turn) show(found.error ?? said(found), found)
   } catch { if (mine == turn) show('No answer: does the program still run?') }
 }
-document.ondragover = event => event.preventDefault()
-document.ondrop = event => { event.preventDefault(); ask(event.dataTransfer.files[0]) }
+const brought = event => event.dataTransfer.types.includes('Files') && !event.preventDefault()
+document.ondragover = brought
+document.ondrop = event => { if (brought(event)) ask(event.dataTransfer.files[0]) }
 </script></html>
 """.replace("LIMIT", str(LIMIT))
 
@@ -705,7 +718,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(int(length))
         try:
             with self.server.lock: return 200, self.server.predictor.reply(content)
-        except (BadPhoto, Image.DecompressionBombError) as error:
+        except (BadPhoto, UnicodeError, Image.DecompressionBombError) as error:
             return 400, str(error).split(": replace")[0]
         except Exception as error: return 500, f"no answer: {type(error).__name__}, {error}"
 

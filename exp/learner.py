@@ -1100,8 +1100,8 @@ def _resumable(self: Learner, path: str | PathLike) -> dict:
 
 def _resume(self: Learner, content: dict, lr: float | Sequence[float] | None) -> None:
     "Put back everything in a checkpoint, but for new base rates."
-    for name, cb in _kept(self).items(): cb.load_state_dict(content["callbacks"][name])
     _restore(self, content)
+    for name, cb in _kept(self).items(): cb.load_state_dict(content["callbacks"][name])
     if content["loss"]: self.loss_func.load_state_dict(content["loss"])
     for name, p in self.model.named_parameters(): p.requires_grad_(name in content["learns"])
     self._frozen = [p for name, p in self.model.named_parameters() if name in content["frozen"]]
@@ -1159,5 +1159,5 @@ def _kind(groups: list[dict]) -> list[str]:
 
 def _restore(learn: Learner, content: dict) -> None:
     "Weights and optimizers."
+    learn.model.load_state_dict(content["model"])    # first, since a model may refuse
     for name, state in content.get("opts", {}).items(): learn.opts[name].load_state_dict(state)
-    learn.model.load_state_dict(content["model"])

@@ -36,20 +36,22 @@ _CODES = [chr(code) for code in range(32) if chr(code) not in "\t\n\r\f"]    # o
 
 
 def open_text(
-    path: str | os.PathLike,  # a file of text
+    path: str | os.PathLike | bytes,  # a file of text, or what is in one
     encoding: str = "utf-8",  # how characters became bytes
 ) -> str:                     # a mark at the beginning that only says "UTF-8" is left out
-    "Read a text. Raises: ValueError naming the file, the place and the cure."
-    content = Path(path).read_bytes()
+    "Read a text. Raises: UnicodeError naming the file, the place and the cure."
+    given = isinstance(path, bytes)
+    content = path if given else Path(path).read_bytes()
     try:
         text = content.decode(encoding).removeprefix("\ufeff")
         if 3*sum(map(text.count, _CODES)) > len(text):     # letters of two bytes, read one by one
             at = min(map(content.find, {*content} & {*map(ord, _CODES)}), default=0)
             raise UnicodeDecodeError(encoding, content, at, at, "controls")
         return text
-    except UnicodeDecodeError as error: raise ValueError(
-        f"{os.fspath(path)!r} is not in {encoding} (byte {content[error.start]:#04x} at "
-        f"{error.start:,}): say encoding='utf-16-le', 'cp1252', …, or save it as UTF-8") from None
+    except UnicodeDecodeError as error: raise UnicodeError(
+        f"{'this' if given else repr(os.fspath(path))} is not in {encoding} "
+        f"(byte {content[error.start]:#04x} at {error.start:,}): say encoding='utf-16-le', "
+        "'cp1252', …, or save it as UTF-8") from None
 
 # %% ../nbs/12c_text.ipynb #619e590d
 SPECIALS = "<unk>", "<pad>", "<begin>", "<line>", "<cap>", "<up>", "<rep>"
@@ -63,7 +65,8 @@ _BREAK = re.compile(r"<br\s*+/?>|\r\n?", re.I)
 _CONTROLS = dict.fromkeys([*range(9), *range(14, 32), 127], " ") | {
     code: bytes([code]).decode("cp1252", "ignore") or " " for code in range(128, 160)} | {
     0x92: "'", 0x2019: "'", 0x200b: " "} | dict.fromkeys(  # apostrophes as they are typed
-    (0xad, 0x200e, 0x200f, 0x2060, 0xfeff), "")            # nothing to see: soft hyphens, …
+    (0xad, 0x200e, 0x200f, 0x2060, 0xfeff), "") | dict.fromkeys(  # nothing to see: soft hyphens
+    range(0xd800, 0xe000), "\ufffd")                       # halves of a character
 
 
 def _clean(text: str) -> str:
@@ -168,7 +171,7 @@ def _contents(x: object, home: str | None, seen: dict) -> object:
     if isinstance(x, type): return inner(*x.__bases__, {
         k: v for k, v in vars(x).items() if k[:2] != "__" or isinstance(v, FunctionType)})
     if hasattr(x, "__wrapped__"): return inner(x.__wrapped__)
-    return [name, *inner(type(x), getattr(x, "__dict__", None))]
+    return [name, *inner(type(x), object.__getstate__(x))]
 
 
 def _rules(tokenizer: Callable, encoding: str, version: str) -> bytes:
@@ -331,8 +334,11 @@ class Vocab:
     def __repr__(self) -> str: return f"Vocab({len(self):,} tokens)"
 
     def encode(self, tokens: Iterable[str]) -> Tensor:    # (n,) int64
-        "Numbers of tokens; the unknown ones share a number. Raises: TypeError for a text."
-        ids = [self.index.get(t, UNKNOWN_ID) for t in _no_text(tokens)]
+        "Numbers of tokens; the unknown ones share a number. Raises: TypeError for other things."
+        tokens = [*_no_text(tokens)]
+        if tokens and not isinstance(tokens[0], str): raise TypeError(
+            f"{tokens[0]!r} is no token: tokenize a text, decode numbers")
+        ids = [self.index.get(t, UNKNOWN_ID) for t in tokens]
         return torch.tensor(ids, dtype=torch.int64)
 
     def decode(self, ids: Iterable[int] | Tensor) -> list[str]:

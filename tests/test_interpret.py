@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -1086,6 +1087,18 @@ def test_another_scale_is_named(folder, tmp_path, monkeypatch):
 
 
 def my_net(n_classes, width): return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, n_classes))
+
+
+def test_a_network_in_training_is_asked_by_threads():
+    "Modes come back when the last one has its answer; averages of norms do not move."
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    predictor = I.Predictor(net, ["a", "b"], (24, 24), [.5]*3, [.2]*3, device="cpu")
+    photos = [torch.randint(256, (3, 24 + i % 5, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)) for i in range(40)]
+    want = [predictor(photo) for photo in photos]
+    net.train()
+    before = copy.deepcopy(net.state_dict())
+    with ThreadPoolExecutor(4) as pool: assert [*pool.map(predictor, photos)] == want
+    assert all(m.training for m in net.modules()) and all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
 
 
 def test_a_network_of_ones_own(folder, tmp_path):

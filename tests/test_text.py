@@ -64,11 +64,23 @@ def test_another_encoding_is_named_with_the_cure(tmp_path, content):
     with pytest.raises(ValueError, match=r"bad\.txt.*not in utf-8.*byte 0x.*encoding="): T.open_text(tmp_path/"bad.txt")
 
 
+def test_half_a_character_is_replaced_and_numbers_are_no_tokens(tmp_path):
+    tokens = T.tokenize("a \ud83d film")
+    assert tokens == ["<begin>", "a", "\ufffd", "film"]
+    vocab = T.Vocab(tokens, min_freq=1)
+    vocab.save(tmp_path/"v.txt")
+    for ids in (vocab.encode(tokens), vocab.encode(tokens).tolist()):
+        with pytest.raises(TypeError, match="is no token"): vocab.encode(ids)
+    assert vocab.encode([]).tolist() == []
+
+
 @pytest.mark.parametrize("text, encoding", [("A good film.", "utf-16-le"), ("A good film.", "utf-16-be"), ("\0\0\0", "utf-8"), ("Привет, мир! Это фильм.", "utf-16-le")])
 def test_letters_and_control_codes_in_turn_are_no_text(tmp_path, text, encoding):
     (tmp_path/"wide.txt").write_bytes(text.encode(encoding))
     with pytest.raises(ValueError, match=r"wide\.txt.*not in utf-8.*byte 0x[01].*utf-16-le"): T.open_text(tmp_path/"wide.txt")
     if encoding != "utf-8": assert T.open_text(tmp_path/"wide.txt", encoding) == text
+    if text.isprintable(): assert T.open_text(text.encode()) == text
+    with pytest.raises(ValueError, match=r"^this is not in utf-8"): T.open_text((tmp_path/"wide.txt").read_bytes())
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------------------

@@ -63,6 +63,13 @@ kinds = pytest.mark.parametrize("kind", [pytest.param(k, marks=fork_only) if "nu
 def alive(): return mp.active_children()
 
 
+def left(seconds=10.):
+    "Workers that are still there; those that are just ending are given some seconds."
+    end = time.monotonic() + seconds
+    while alive() and time.monotonic() < end: time.sleep(.02)
+    return alive()
+
+
 # --- datasets, samplers, collate --------------------------------------------------------------------------------------------
 
 def test_tensor_dataset():
@@ -385,7 +392,7 @@ def test_a_failing_item_is_named_and_its_error_keeps_its_type(kind):
     assert "Items[13]" in notes and ("process" not in kind or "in worker" in notes and "__getitem__" in notes)
     del caught
     gc.collect()
-    assert not alive()
+    assert not left()
 
 
 @kinds
@@ -450,7 +457,7 @@ def test_workers_change_nothing(kind):
                 runs.append([list(dl), list(dl), torch.rand(1)])
             test_like(*runs, rtol=0, atol=0)
     del dl
-    assert not alive()
+    assert not left()
 
 
 @fork_only
@@ -488,7 +495,7 @@ def test_a_killed_worker_raises(persistent):
         for p in alive(): p.kill(); p.join()
         assert len(list(dl)) == 20
     del dl
-    assert not alive()
+    assert not left()
 
 
 def ending(task): os._exit(3)
@@ -536,7 +543,7 @@ def test_a_worker_holds_no_pipe_of_another():
         while len(mine := sockets(worker.process.pid) - sockets(os.getpid())) != 1 and time.monotonic() < deadline: time.sleep(.01)
         assert len(mine) == 1
     for crew in crews: crew.stop()
-    assert not alive()
+    assert not left()
 
 
 @fork_only
@@ -554,7 +561,7 @@ def test_a_forked_copy_of_a_loader_leaves_the_workers_alone():
         assert os.waitpid(pid, 0)[1] == 0
     assert len(list(dl)) == 10 and {p.pid for p in alive()} == pids
     del dl
-    assert not alive()
+    assert not left()
 
 
 @fork_only
@@ -569,7 +576,7 @@ def test_a_copy_of_a_loader_at_work_has_workers_of_its_own(twin_of):
     del dl; gc.collect()
     test_like(list(twin), right)
     del twin; gc.collect()
-    assert not alive()
+    assert not left()
 
 
 @fork_only
@@ -588,16 +595,16 @@ def test_workers_persist_between_epochs_and_end_with_the_loader():
         for _ in dl: raise ZeroDivisionError
     assert len(list(dl)) == 4
     del dl; gc.collect()
-    assert not alive()
+    assert not left()
     pids = [{int(p) for b in DataLoader(Who(), 5, num_workers=2) for p in b} for _ in range(2)]
-    assert not pids[0] & pids[1] and not alive()
+    assert not pids[0] & pids[1] and not left()
 
 
 @fork_only
 @pytest.mark.parametrize("persistent", [False, True])
 def test_leaving_early_ends_the_workers_and_ctrl_c_keeps_things_usable(persistent):
     for _ in DataLoader(Items(wait=.01), 2, num_workers=2): break
-    assert not alive()
+    assert not left()
     class Busy(Items):
         def __getitem__(self, i):
             if self.wait and i == 0: os.kill(os.getppid(), signal.SIGINT)
@@ -606,7 +613,7 @@ def test_leaving_early_ends_the_workers_and_ctrl_c_keeps_things_usable(persisten
     dl = DataLoader(ds, 2, num_workers=2, persistent_workers=persistent)
     it, start = iter(dl), time.monotonic()
     with pytest.raises(KeyboardInterrupt): next(it)                                     # Ctrl-C while the workers are busy for ten minutes
-    assert time.monotonic() - start < 500 and not alive()
+    assert time.monotonic() - start < 500 and not left()
     ds.wait = 0.
     assert len(list(dl)) == 10
 
@@ -653,12 +660,12 @@ def test_many_batches_kept_need_no_file_handles():
 def test_without_fork(monkeypatch):
     monkeypatch.setattr(loaders, "_START", "spawn")
     with pytest.raises((AttributeError, pickle.PicklingError), match="pickle.*lambda"): list(DataLoader(pictures(), 2, num_workers=1, collate_fn=lambda items: items))
-    assert not alive() and DataLoader(Items(), num_workers=None).num_workers == 0
+    assert not left() and DataLoader(Items(), num_workers=None).num_workers == 0
     test_like(list(DataLoader(pictures(6), 2, num_workers=1)), list(DataLoader(pictures(6), 2)))
     local = type("Local", (Items,), {"__module__": "__main__"})             # what a notebook defines
     monkeypatch.setattr(sys.modules["__main__"], "Local", local, raising=False)
     with pytest.raises(RuntimeError, match="notebook.*num_workers=0"): list(DataLoader(local(), 2, num_workers=1))
-    assert not alive()
+    assert not left()
 
 
 def test_as_many_workers_as_are_useful():

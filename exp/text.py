@@ -513,7 +513,8 @@ class LMDataset:
         if self.shuffle:
             order = torch.randperm(len(documents), generator=self.generator)
             documents = [documents[i] for i in order.tolist()]
-        stream, n = torch.cat(documents), self.bs*self.n_columns
+        stream = documents[0] if len(documents) == 1 else torch.cat(documents)
+        n = self.bs*self.n_columns
         parts = [part.view(self.bs, -1) for part in (stream[:n], stream[1:n + 1])]
         for start, end in zip([0, *ends], ends):     # copies: who changes xb does not change yb
             yield tuple(part[:, start:end].to(torch.int64, copy=True) for part in parts)

@@ -64,6 +64,7 @@ SKIP = {
     "12a": "Skip *Features once, not in every epoch* and *A body that has seen a thousand classes*.",
     "12b": "Skip *What does an answer rest on?* and *Photos from elsewhere*.",
     "12c": "Skip *How fast?* and, unless a language model is your aim, *One long text*.",
+    "12d": "Skip *Counting well*, *Five dropouts* but for its table, and *What does it keep in mind?*.",
 }
 
 

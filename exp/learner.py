@@ -941,7 +941,8 @@ class Learner(Loop, Optimizers):
         data: Any = None,  # one xb, as the model takes it: a tensor, dict, or tuple of inputs;
                            # or a loader; None: the validation loader
         with_targets: bool = False,  # also return the targets?
-    ) -> Any:              # outputs of all items, on the CPU; or (outputs, targets)
+    ) -> Any:              # outputs of all items (of this process's share, where several are
+                           # joined), on the CPU; or (outputs, targets)
         "Run the model in evaluation mode. Raises: ValueError without data."
         if isinstance(data, (Tensor, Mapping, tuple)): data = [(data, None)]
         out, dl = [], self._loader(data)

@@ -17,7 +17,8 @@ from itertools import accumulate, chain, islice, repeat
 from typing import Any
 
 from .callbacks import EMA, RowCallback, ValidateEvery, read_hyper
-from .learner import EVENTS, Callback, CancelFit, Learner, Progress, hears, same_randomness
+from .learner import EVENTS, Callback, CancelFit, Learner, Progress, hears, n_processes
+from .learner import same_randomness
 from .plots import PALETTE, plot_lines
 
 # %% ../nbs/05c_schedules.ipynb #b52ed91a
@@ -339,6 +340,8 @@ def lr_find(
     model, or if not even the first batches can be learnt.
     Paper: Smith 2015, section 3.3; here the rate grows by factors, and the loss is read."""
     if learn.fitting or learn.depth: raise RuntimeError("lr_find was called inside a fit or a pass")
+    if n_processes() > 1: raise RuntimeError("several processes would find rates of their own: "
+                                             "search in one, and give the rate to all")
     if n_batches < 5: raise ValueError(f"n_batches is {n_batches}: give at least 5 to see a trend")
     watch = _RangeWatch(exponential(low, high), stop)
     params = list(learn.model.parameters())

@@ -222,7 +222,8 @@ def same_start(model: nn.Module) -> None:    # the same in every process, but fo
 class ShareGradients(GradientAccumulation):
     """Train one model in several processes: step with the mean gradient of the items of all.
     Buckets of gradients travel while backward runs. What one process skips, all have to skip; the
-    loader has to deal batches out, as exp's DataLoader does.
+    loader has to deal batches out, as exp's DataLoader does. Raises: ValueError for several
+    optimizers or other models, RuntimeError where processes would train apart or wait in vain.
     Same as: nn.parallel.DistributedDataParallel (1e-6), for equal shares. Paper: Li et al. 2020."""
     def __init__(
         self,
@@ -326,7 +327,8 @@ def _check_alike(learn: Learner) -> None:
     distributed.all_gather_object(everyone, (learn.training*(learn.n_batches or 0), norms))
     if len(numbers := {n for n, _ in everyone}) > 1: raise RuntimeError(
         f"the processes have {sorted(numbers)} batches: deal equally many (exp's DataLoader does)")
-    if not all(torch.allclose(other, everyone[0][1], rtol=1e-3) for _, other in everyone):
+    first = everyone[0][1]
+    if not all(torch.allclose(other, first, rtol=1e-3, equal_nan=True) for _, other in everyone):
         raise RuntimeError("the processes hold different weights: have all the same rates, and "
                            "has each loaded the same file?")
 

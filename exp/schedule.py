@@ -337,7 +337,8 @@ def lr_find(
 ) -> RangeTest:            # .valley, .suggestions, .plot()
     """Train a copy of the learner while the rate grows from low to high, and read the loss.
     Raises: ValueError for rates of 0, fewer than 5 batches, a loss that looks at the learner's own
-    model, or if not even the first batches can be learnt.
+    model, or if not even the first batches can be learnt; RuntimeError inside a fit, or in one of
+    several processes.
     Paper: Smith 2015, section 3.3; here the rate grows by factors, and the loss is read."""
     if learn.fitting or learn.depth: raise RuntimeError("lr_find was called inside a fit or a pass")
     if n_processes() > 1: raise RuntimeError("several processes would find rates of their own: "

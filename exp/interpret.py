@@ -13,6 +13,7 @@ import base64
 import copy
 import csv
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -585,8 +586,12 @@ def load_predictor(
         f"{type(error).__name__}: {error}): export it again, at the same EXP_SCALE") from error
 
 
+_LATER = ("exp.ulmfit", "exp.imagenette")     # lessons to come, which add builders of their own
+
+
 def _loaded(folder: Path, build: Callable | None, device: torch.device | str | None) -> Predictor:
     about = json.loads((folder/"description.json").read_text(encoding="utf-8"))
+    if (module := str(about["build"]).split(":")[0]) in _LATER: importlib.import_module(module)
     seal = hashlib.sha256((folder/"weights.pt").read_bytes()).hexdigest()
     if (found := (about["format"], about["sha256"])) != (_FORMAT, seal): raise ValueError(
         f"its description is of {found}, not of {_FORMAT, seal}")

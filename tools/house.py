@@ -65,6 +65,7 @@ SKIP = {
     "12b": "Skip *What does an answer rest on?* and *Photos from elsewhere*.",
     "12c": "Skip *How fast?* and, unless a language model is your aim, *One long text*.",
     "12d": "Skip *Counting well*, *Five dropouts* but for its table, and *What does it keep in mind?*.",
+    "13": "Skip *Which part is missed?*, *If test texts are read* and *Which words did it?*.",
     "13a": "Skip *A team that ends together* but for its last cells, and *What BatchNorm changes*.",
 }
 

@@ -435,6 +435,21 @@ def awd_lstm():
     return lambda: ours(words)[0].sum().backward(), theirs
 
 
+@bench("TextClassifier 400/800×2, 16 texts of 100 to 400 words, forward and backward, against its encoder over the padded batch and three poolings", "≤1.2×")
+def text_classifying():
+    from exp.awd_lstm import AWDLSTM
+    from exp.text import pad_collate
+    from exp.ulmfit import text_classifier
+    model = text_classifier(AWDLSTM(10_000, 400, 800, 2), 2)
+    (tokens, lengths), y = pad_collate([(torch.randint(3, 10_000, (n,)), n % 2) for n in range(100, 401, 20)])
+    own = (torch.arange(tokens.shape[1]) < lengths[:, None])[..., None]
+    def theirs():
+        out, _ = model.encoder(tokens)
+        last, top = out[torch.arange(len(out)), lengths - 1], out.masked_fill(~own, -9e9).amax(1)
+        F.cross_entropy(model.head(torch.cat([last, top, (out*own).sum(1)/lengths[:, None]], 1)), y).backward()
+    return lambda: F.cross_entropy(model(tokens, lengths), y).backward(), theirs
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]: print(json.dumps(ratio(*BENCHES[int(sys.argv[2])][2]())))
     else: main()

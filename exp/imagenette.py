@@ -211,7 +211,8 @@ def imagenette_net(
     blur: bool = False,     # blurred strides?
     squeeze: bool = False,  # squeeze and excite in every block?
 ) -> XResNet:               # (bs, 3, h, w) -> (bs, n_classes)
-    "An xresnet with SiLU, and what this lesson adds."
+    "An xresnet with SiLU, and what this lesson adds. Raises: ValueError for another depth."
+    if depth not in _BODIES: raise ValueError(f"depth is {depth}: give one of {[*_BODIES]}")
     block, n_blocks = _BODIES[depth]
     channels = [max(8, 8*round(8*width))*2**i for i in range(4)]
     outs = [c*4 for c in channels] if block is bottleneck else channels

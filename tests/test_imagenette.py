@@ -191,6 +191,11 @@ def test_a_gated_block_starts_as_its_shortcut_and_learns(block, nf):
 
 # --- networks and options --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("depth", [0, 12, "18"])
+def test_another_depth_is_told_what_there_is(depth):
+    with pytest.raises(ValueError, match=r"depth is .*: give one of \[10, 18, 26, 34, 50\]"): I.imagenette_net(depth=depth)
+
+
 def test_the_plain_network_is_that_of_lesson_12():
     ours, theirs = I.imagenette_net(7), xresnet18(7, act=nn.SiLU)
     ours.load_state_dict(theirs.state_dict())

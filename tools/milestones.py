@@ -186,6 +186,102 @@ def run_2015(path: Path) -> Iterator[tuple[str, int, float]]:
     return duel(path, rivals, partial(adamw, weight_decay=.05), lr=.003)
 
 
+# --- 2018: texts and speed ------------------------------------------------------------------------
+
+def run_ulmfit(path: Path) -> Iterator[tuple[str, int, float]]:
+    from itertools import chain
+    from random import Random
+
+    from exp.awd_lstm import AWDLSTM, CarryState, flat_cross_entropy, language_model
+    from exp.callbacks import GradientClip
+    from exp.data import DataBlock, get_files, parent_label
+    from exp.learner import DataLoaders, Learner
+    from exp.optim import adamw
+    from exp.precision import MixedPrecision, native_half
+    from exp.schedule import one_cycle
+    from exp.setup import at_scale, default_device, set_seed
+    from exp.text import LMDataset, Numericalize, TokenCache, Vocab, pad_collate, sort_by_length
+    from exp.training import accuracy, cross_entropy
+    from exp.ulmfit import fit_gradually, text_classifier, text_classifier_groups
+    n_tokens, n_labels, n_judges, epochs, n_seeds = at_scale(
+        tiny=(600, 8, 8, 4, 1), cpu=(2_400_000, 500, 2000, 24, 3), gpu=(2_400_000, 500, 2000, 24, 3))
+    size = at_scale(tiny=dict(emb=16, nh=24, n_layers=2), cpu=dict(emb=160, nh=320, n_layers=2),
+                    gpu=dict(emb=160, nh=320, n_layers=2))
+    page = at_scale(tiny=(4, 10), cpu=(32, 50), gpu=(32, 50))
+    half = [MixedPrecision()]*native_half(default_device())
+    files = [f for f in get_files(path, ".txt") if f.parent.parent.name in ("train", "test")]
+    cache, lot = TokenCache(files), Random(0)
+    unlabelled = [f for f in files if f.parent.name == "unsup"]
+    train, test = ([f for f in files if f.parent.parent.name == name and f.parent.name != "unsup"]
+                   for name in ("train", "test"))
+    classes, judges = sorted({f.parent.name for f in train}), lot.sample(test, n_judges)
+    to_read = train + unlabelled
+    vocab = Vocab(chain.from_iterable(map(cache, to_read)), max_size=12_000)
+    lot.shuffle(to_read)
+
+    def reader():
+        "A language model that has read so many tokens."
+        some = to_read[:max(1, n_tokens//50)]
+        ids = vocab.encode(chain.from_iterable(map(cache, some)))[:n_tokens]
+        set_seed(0)
+        model = language_model(vocab, **size, dropout=.1)
+        learn = Learner(model, DataLoaders(LMDataset(ids, *page)), flat_cross_entropy, adamw,
+                        cbs=[CarryState(), GradientClip(1.)], quiet=True)
+        learn.fit(1, cbs=[one_cycle(.015), *half])
+        return model.encoder.cpu().state_dict()
+
+    def classifier(seed, read):
+        labelled = [f for name in classes for f in Random(seed).sample(
+            [f for f in train if f.parent.name == name], n_labels//len(classes))]
+        block = DataBlock(lambda path: labelled + judges,
+                          lambda items: ([*range(n_labels)], [*range(n_labels, len(items))]),
+                          parent_label, [cache, Numericalize(vocab)], collate_fn=pad_collate)
+        dls = sort_by_length(block.dataloaders(path, min(25, n_labels//2), drop_last=True),
+                             cache.length)
+        set_seed(seed)
+        encoder = AWDLSTM(len(vocab), **size, embed_p=.025, input_p=.2, hidden_p=.15, weight_p=.25)
+        if read: encoder.load_state_dict(read)
+        model = text_classifier(encoder, len(classes), max_len=400, vocab=vocab)
+        learn = Learner(model, DataLoaders(dls.train), cross_entropy,
+                        partial(adamw, betas=(.7, .99)), metrics=accuracy,
+                        splitter=text_classifier_groups, cbs=GradientClip(1.), quiet=True)
+        if read: fit_gradually(learn, epochs, .01, cbs=half)
+        else: learn.fit(epochs, 9e-4, cbs=[one_cycle(9e-4), *half])
+        return 100*learn.validate(dls.valid)["accuracy"]
+
+    read = reader()
+    for label, start in (("read first", read), ("from scratch", None)):
+        for seed in range(n_seeds): yield label, seed, classifier(seed, start)
+
+
+def run_dawnbench(path: Path) -> Iterator[tuple[str, int, float]]:
+    from exp.imagenette import Options, ProgressiveSizes, learner
+    from exp.learner import Callback, CancelFit
+    from exp.schedule import one_cycle
+    from exp.setup import at_scale
+    goal, side, n_seeds = at_scale(tiny=(0., 32, 1), cpu=(75., 96, 3), gpu=(75., 96, 3))
+
+    class UntilGoal(Callback):
+        "Stops where the validation photos are known well enough."
+        def after_epoch(self, learn):
+            if 100*learn.history[-1]["accuracy"] >= goal: raise CancelFit
+
+    def minutes(options, n, cbs):
+        learn = learner(options)
+        learn.fit(n, cbs=[*cbs, UntilGoal()])
+        reached = 100*learn.history[-1]["accuracy"]
+        if reached < goal: raise RuntimeError(
+            f"{reached:.1f} % after {n} epochs: not the {goal:g} % that are timed")
+        return sum(row["seconds"] for row in learn.history)/60
+
+    for seed in range(n_seeds):
+        quick = Options(size=side, epochs=3, seed=seed, half=True)
+        cbs = [one_cycle(quick.lr), ProgressiveSizes(3*side//4)]
+        yield "sizes that grow, one cycle, half precision", seed, minutes(quick, quick.epochs, cbs)
+    for seed in range(n_seeds):
+        yield "without", seed, minutes(Options(size=side, seed=seed, half=False), 12, [])
+
+
 # --- all of them ----------------------------------------------------------------------------------
 
 MILESTONES = {
@@ -214,11 +310,16 @@ MILESTONES = {
         "narrow networks on a third of Imagenette at 64 px, accuracy after 5 epochs, the rate that "
         "lesson 12 found for wider ones"),
     "ulmfit": Milestone(
-        "2018", "ULMFiT (Howard & Ruder, arXiv:1801.06146)", "95.4 % on IMDB", "13_ulmfit"),
+        "2018", "ULMFiT (Howard & Ruder, arXiv:1801.06146)",
+        "read first, 100 labelled reviews do the work of 1,000 to 10,000 (IMDB)",
+        "13_ulmfit", "%", "imdb", run_ulmfit,
+        "accuracy with 500 labels, of a small network that read 2.4 million tokens of reviews, or "
+        "nothing; no articles, one direction"),
     "dawnbench": Milestone(
         "2018", "DAWNBench, a contest of speed (fast.ai's entry)",
         "ImageNet to 93 % in 3 hours on one machine, with sizes that grow, one cycle and half "
-        "precision", "14_imagenette"),
+        "precision", "14_imagenette", "minutes", "imagenette2-160", run_dawnbench,
+        "minutes of training until 75 % of Imagenette's validation photos are right, at 96 px"),
 }
 
 

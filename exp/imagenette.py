@@ -48,7 +48,8 @@ def holm(
     alpha: float = .05,         # chance allowed to be wrong about any of those that hold
 ) -> list[bool]:                # which are rejected, in the same order
     "Which of several hypotheses to reject. Paper: Holm 1979."
-    order, kept = sorted(range(len(p_values)), key=lambda i: p_values[i]), [False]*len(p_values)
+    kept, order = [False]*len(p_values), sorted(      # nan, where nothing is known, goes last
+        range(len(p_values)), key=lambda i: (math.isnan(p_values[i]), p_values[i]))
     for rank, i in enumerate(order):
         if not p_values[i] <= alpha/(len(order) - rank): break
         kept[i] = True
@@ -160,7 +161,10 @@ class ProgressiveSizes(Callback):
         return round((self.first + (last - self.first)*epoch/(n_epochs - 1))/8)*8
 
     def before_fit(self, learn: Learner):
-        found = [t for t in learn.dls.train.ds.tfm.tfms if isinstance(t, RandomResizedCrop)]
+        dl = learn.dls.train
+        if getattr(dl, "persistent_workers", False) and dl.workers == "processes": raise ValueError(
+            "persistent processes keep the size they began with: leave persistent_workers out")
+        found = [t for t in dl.ds.tfm.tfms if isinstance(t, RandomResizedCrop)]
         if not found: raise ValueError("no RandomResizedCrop among the training photos' transforms")
         self.crop, (self.last, width) = found[0], found[0].size
         if width != self.last: raise ValueError(f"{self.last}×{width} pixels: squares only")
@@ -273,8 +277,8 @@ class Options:
     decay: float = _option("weight decay, times the rate", .05, low=0, high=10)
     beta2: float = _option("adamw's memory of squares: .99 looks back over 100 steps", .999,
                            off=.999, low=.1, high=.99999)
-    eps: float = _option("what adamw adds to the root of the squares", 1e-8, off=1e-8, low=0,
-                         high=1)
+    eps: float = _option("what adamw adds to the root of the squares", 1e-8, off=1e-8,
+                         low=1e-12, high=1)
     shape: str = _option("of the rate: climb and fall in one cycle, or flat for three quarters of "
                          "the training and then half a cosine down", "cycle", off="cycle",
                          of=("cycle", "flat"))
@@ -306,6 +310,13 @@ class Options:
             if not fits: raise ValueError(f"{one.name} is {value}: give {limits}")
         if self.judge == "others" and self.every < 2: raise ValueError(
             "judge is others, but every is 1: nobody is left to judge, so give every=2 or more")
+        for name, (by, kind) in dict(lr_1d=("opt", "muon"), beta2=("opt", "adamw"), eps=(
+                "opt", "adamw"), warm=("shape", "cycle")).items():
+            value, unused = getattr(self, name), getattr(self, by) != kind
+            if unused and value != self.__dataclass_fields__[name].default: raise ValueError(
+                f"{name} is {value}, but only {by}={kind} looks at it: leave it out")
+        if self.grow < 1 and self.epochs == 1: raise ValueError(
+            f"grow is {self.grow}, but the only epoch is the last: give epochs=2 or more")
 
     def digest(self) -> str:
         "A name for this recipe; options that are off do not change it, nor ones added later."
@@ -505,7 +516,7 @@ def main(argv: Sequence[str] | None = None) -> None:    # None: the words of the
     "Train on Imagenette from a terminal; --help explains every option."
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.page: return exp.interpret.main([args.page])
+    if args.page is not None: return exp.interpret.main([args.page])
     if args.threads: torch.set_num_threads(args.threads)
     try:
         options = Options(**{one.name: getattr(args, one.name) for one in fields(Options)})

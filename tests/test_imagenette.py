@@ -23,6 +23,7 @@ from exp.conv import unfold
 from exp.datasets import fetch
 from exp.interpret import load_predictor
 from exp.learner import Callback, DataLoaders, Learner
+from exp.loaders import DataLoader
 from exp.photos import image_files
 from exp.testing import test_like
 from exp.xresnet import basic_block, bottleneck, xresnet18, xresnet50
@@ -43,6 +44,9 @@ def test_holm_by_its_definition(ps, alpha):
     got = I.holm(ps, alpha)
     assert got == want
     assert all(g <= (p <= alpha) for g, p in zip(got, ps)) and all(g >= (p <= alpha/max(1, len(ps))) for g, p in zip(got, ps))
+
+
+def test_holm_knows_nothing_of_nan(): assert I.holm([math.nan, .001]) == I.holm([.001, math.nan])[::-1] == [False, True]
 
 
 @pytest.mark.parametrize("t", [0, .3, 1, -2.5, 6, 40])
@@ -176,6 +180,12 @@ def test_sizes_need_a_crop():
     with pytest.raises(ValueError, match="no RandomResizedCrop among the training photos' transforms"): learn.fit(1, cbs=I.ProgressiveSizes(16))
 
 
+def test_sizes_do_not_reach_processes_that_stay():
+    learn = I.learner(SMALL)
+    learn.dls = DataLoaders(DataLoader(learn.dls.train.ds, 16, num_workers=1, workers="processes", persistent_workers=True))
+    with pytest.raises(ValueError, match="leave persistent_workers out"): learn.fit(1, cbs=I.ProgressiveSizes(16))
+
+
 @pytest.mark.parametrize("block, nf", [(basic_block, 8), (bottleneck, 16)])
 def test_a_gated_block_starts_as_its_shortcut_and_learns(block, nf):
     made, x = I.gated(block)(nf, nf, 1, nn.ReLU), torch.randn(3, nf, 5, 5)
@@ -238,17 +248,24 @@ def test_whole_numbers_are_floats_where_floats_are_asked_for():
     assert I.Options(smooth=0) == I.Options(smooth=0.) and I.Options(decay=1).digest() == I.Options(decay=1.).digest()
 
 
+@pytest.mark.parametrize("unread, words", [(dict(lr_1d=.1), "lr_1d is 0.1, but only opt=muon looks at it"), (dict(opt="muon", beta2=.9), "beta2 is 0.9, but only opt=adamw"),
+                                           (dict(opt="muon", eps=.1), "eps is 0.1, but only opt=adamw"), (dict(shape="flat", warm=.9), "warm is 0.9, but only shape=cycle"),
+                                           (dict(grow=.5, epochs=1), "grow is 0.5, but the only epoch is the last")], ids=str)
+def test_an_option_that_nothing_reads_is_refused(unread, words):
+    with pytest.raises(ValueError, match=words): I.Options(**unread)
+
+
 def test_others_need_to_be_there():
     with pytest.raises(ValueError, match="judge is others, but every is 1: nobody is left to judge"): I.Options(judge="others")
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_digest_tells_recipes_apart_and_ignores_what_is_off(name):
-    field, base = FIELDS[name], I.Options(every=2)
+    field, base = FIELDS[name], I.Options(every=2, opt="muon" if name == "lr_1d" else "adamw")
     default = getattr(base, name)
     other = next(v for v in field.metadata["of"] if v != default) if field.metadata["of"] else (
         not default if type(default) is bool else default/2 if default/2 >= max(field.metadata["low"], .001) and type(default) is float else default + 1 if type(default) is int else .5)
-    assert replace(base, **{name: other}).digest() != base.digest() == I.Options(every=2).digest()
+    assert replace(base, **{name: other}).digest() != base.digest() == replace(base).digest()
     if field.metadata["off"] is not None:
         off = replace(base, **{name: field.metadata["off"]})
         chosen = {k: v for k, v in dataclasses.asdict(off).items() if k != name}

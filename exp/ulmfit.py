@@ -218,6 +218,9 @@ def fit_gradually(
     k = len(learn.groups)
     if not 2 <= k <= n: raise ValueError(f"n is {n} for {k} groups: give the Learner a splitter, "
                                          "and an epoch to each group, to thaw it")
+    if isinstance(lr, Iterable) or not (0 < lr < math.inf and 0 < factor < math.inf):
+        raise ValueError(f"lr is {lr}, factor {factor}: give numbers above 0; lr is of the last "
+                         "group")
     data = getattr(getattr(learn.dls.train, "ds", None), "tfm", None)
     for words in (tfm.vocab for tfm in getattr(data, "tfms", []) if type(tfm) is Numericalize):
         if isinstance(learn.model, TextClassifier): _check_words(learn.model, words)
@@ -263,10 +266,15 @@ aria-label="a text"></textarea><button>Ask</button></form>""")
         if not isinstance(text, str): raise TypeError(f"{text!r:.40} is no text: give one str")
         with torch.no_grad(), evaluating(self.model):
             p = F.softmax(self.model(*self.batch([text])).float(), 1)[0].tolist()
+        if len(p) != len(self.classes): raise ValueError(
+            f"{len(p)} scores for classes {self.classes}: give text_classifier as many")
         return dict(sorted(zip(self.classes, p, strict=True), key=lambda pair: -pair[1]))
 
     def explain(self, text: str, steps: int = 16) -> list[tuple[str, float]]:
-        "Each token, and what it does for the answer, as `attribution`."
+        """Each token, and what it does for the answer, as `attribution`. Raises: ValueError for
+        steps below 1."""
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps is {steps}: give a whole number from 1")
         best = self.classes.index(next(iter(self(text))))
         effects = _effects(self.model, self.batch([text])[0], best, steps)
         return list(zip(tokenize(text), effects.tolist()))
@@ -322,8 +330,6 @@ def attribution(
 ) -> list[tuple[str, float]]:    # each token, and what it does for the likeliest class
     """Which words moved the decision? Their effects add up to about its log-odds, less those of as
     many vectors of 0. Raises: as predict; ValueError. Paper: Sundararajan et al. 2017."""
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps}: give a whole number from 1")
     with as_measured(learn): return _predictor(learn).explain(text, steps)
 
 # %% ../nbs/13_ulmfit.ipynb #7a3531c0
@@ -402,7 +408,7 @@ def export_text(
         f"the head is {model.head}: only what text_classifier makes can be described")
     encoder, hidden = model.encoder, model.head[2].out_features
     n_words, emb = encoder.embedding.weight.shape
-    arguments = dict(n_words=n_words, n_classes=len(classes), emb=emb, hidden=hidden,
+    arguments = dict(n_words=n_words, n_classes=model.head[-1].out_features, emb=emb, hidden=hidden,
                      nh=encoder.layers[0].hidden_size, n_layers=len(encoder.layers),
                      chunk=model.chunk, max_len=model.max_len, backwards=model.backwards)
     about = dict(build="exp.ulmfit:text_net", arguments=arguments, classes=classes, text=text)

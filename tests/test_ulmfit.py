@@ -330,6 +330,11 @@ def test_what_cannot_thaw_is_refused(n, splitter, word):
     with pytest.raises(ValueError, match=word): U.fit_gradually(learner(splitter=splitter), n)
 
 
+@pytest.mark.parametrize("wrong", [dict(lr=0.), dict(lr=math.nan), dict(lr=[.01]), dict(factor=0.), dict(factor=-2.)], ids=str)
+def test_rates_are_numbers_above_0(wrong):
+    with pytest.raises(ValueError, match="give numbers above 0"): U.fit_gradually(learner(), 5, **wrong)
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_a_resumed_fit_is_the_same_to_the_last_bit(tmp_path, stop):
     "While the head is alone, at every border, and after."
@@ -497,6 +502,9 @@ def test_threads_ask_one_predictor_at_once(trained, tmp_path):
     predictor(texts[0])
     assert all(m.training for m in predictor.model.modules())
     with pytest.raises(TypeError, match="give a list"): predictor.batch("abc")
+    with pytest.raises(ValueError, match="steps is 0: give a whole number"): predictor.explain(texts[0], 0)
+    predictor.classes.pop()
+    with pytest.raises(ValueError, match="2 scores for classes .*: give text_classifier as many"): predictor(texts[0])
 
 
 def test_a_network_in_training_is_asked_by_threads(trained):

@@ -260,7 +260,7 @@ class Options:
                          of=tuple(_BODIES))
     width: float = _option("times as many channels as 64 to 512, in steps of 1/8", 1., low=.01,
                            high=4)
-    pool: bool = _option("max pool in the stem; without it four times the operations", True,
+    pool: bool = _option("max pool in the stem; without it over three times the operations", True,
                          off=True)
     blur: bool = _option("blur before pixels are skipped, so that a photo moved by a pixel looks "
                          "much the same to the network", False, off=False)

@@ -103,7 +103,7 @@ def kaiming_normal_(
     """
     return _noise_(w, _kaiming_std(w, a, mode, nonlinearity), False, generator)
 
-
+# %% ../nbs/03_init.ipynb #f1f2c1c5
 def kaiming_uniform_(
     w: Tensor,                                  # weight, (n_out, n_in, *kernel), filled in place
     a: float = 0.,                              # negative slope of the leaky ReLU after it; 0: ReLU

@@ -101,7 +101,7 @@ def _rows(y: ArrayLike) -> np.ndarray:  # (n_seeds, n)
         if all(isinstance(v, Tensor) and v.shape == (1,) for v in y): y = [v.item() for v in y]
     return np.atleast_2d([v.tolist() if isinstance(v, Tensor) else v for v in y]).astype(float)
 
-
+# %% ../nbs/00b_plots.ipynb #9566519f
 def plot_lines(
     ys: dict[str, ArrayLike],     # label -> (n,) numbers, or (n_seeds, n) rows drawn as mean ± sd
     x: ArrayLike | None = None,   # (n,) positions; 0, 1, 2, … by default

@@ -33,14 +33,14 @@ ROADS = {
 
 # What a reader in a hurry may leave out, by lesson: a line of its title cell. *Names* are sections of that lesson.
 SKIP = {
-    "00": "Read *How a lesson works* and *The glossary of short names*; the rest is there to be looked up.",
+    "00": "Read *Tensors in five minutes*, *How a lesson works* and *The glossary of short names*; the rest is there to be looked up.",
     "00a": "Read *The idea, in ten lines* and *`fetch`*. How to distrust an archive can wait.",
     "00b": "Read *The idea, in fifteen lines*, and come back when you draw.",
     "00c": "Read *In twelve lines* and *The judge: `test_like`*; come back when a lesson races, searches or records.",
     "01": "Skip *Where the time goes* and *Rounding*: no later lesson builds on them.",
     "02": "Skip *It must survive large scores* (lesson 04 has it again) and *A checker for every layer to come*.",
     "02a": "Skip *When data changes behind the tape's back*, *What the tape keeps* and *What the tape costs*.",
-    "03": "Skip *What tanh does to it* and *Why √5?*",
+    "03": "Skip *Why √5?*, and of *What tanh does to it* all but the cell of `gaussian_mean`.",
     "03a": "Skip all of it: later lessons do without.",
     "04": "Skip *Stable is not yet accurate*, *An ablation ladder* and *Learning by heart*.",
     "04a": "Skip *Other hands: threads* and *Other hands: processes* as long as your data fit into memory.",

@@ -130,6 +130,8 @@ def check_numbers(
     "Check predictions. Raises: AssertionError with the hint for the first that is wrong."
     for key, value in right.items():
         given = answer.get(key) if isinstance(answer, dict) else None
+        if given is None and isinstance(answer, dict):
+            raise AssertionError(f"{key!r} has no answer yet: it needs a number")
         try: number = float(given)
         except (TypeError, ValueError, RuntimeError): raise AssertionError(
             f"{key!r} needs a number, got {given!r}: answer with a dict") from None

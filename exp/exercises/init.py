@@ -120,7 +120,8 @@ def check_log_rms_spread(
         for depth, width in ((4, 64), (20, 80)):
             got, expected = spread(kaiming_normal_, depth, width), (5*depth/width)**.5/2
             case = f"depth {depth}, width {width}: {got:.3f}, theory {expected:.3f}"
-            assert got > .8*expected, f"{case}: too little; new weights for every draw?"
+            assert got > .8*expected, (
+                f"{case}: too little; new weights for every draw, and the natural log?")
             assert got < 1.25*expected, f"{case}: too much; natural log, of the rms, no square?"
         half = spread(lambda w: kaiming_normal_(w).mul_(.5), 4, 64)
         assert abs(half - .28) < .07, (

@@ -60,7 +60,7 @@ def two_sided(
     t: float,   # a mean, in units of its standard error
     df: float,  # degrees of freedom of that error
 ) -> float:     # p: how often luck alone gives as much, up or down
-    "Student's t-test, by summing up its density (1e-4): t = √df·tan θ makes it a power of cos θ."
+    "Student's t-test, by summing up its density: t = √df·tan θ makes it a power of cos θ."
     if math.isnan(t): return t
     theta = (torch.arange(20_000, dtype=torch.float64) + .5)*(math.pi/40_000)
     density = theta.cos()**(df - 1)
@@ -271,10 +271,10 @@ class Options:
     identity: bool = _option("convolutions begin by handing on what they get", False, off=False)
     opt: str = _option("adamw, or muon, whose steps move all directions alike", "adamw",
                        of=("adamw", "muon"))
-    lr: float = _option("rate at the top of the cycle (of muon about .02)", .004, low=1e-6, high=10)
+    lr: float = _option("rate at the top of the cycle (of muon about .04)", .004, low=1e-6, high=10)
     lr_1d: float = _option("muon's rate for biases and norms, which follow adamw", .004, off=.004,
                            low=1e-6, high=10)
-    decay: float = _option("weight decay, times the rate", .05, low=0, high=10)
+    decay: float = _option("weight decay, times the rate (of muon about .01)", .05, low=0, high=10)
     beta2: float = _option("adamw's memory of squares: .99 looks back over 100 steps", .999,
                            off=.999, low=.1, high=.99999)
     eps: float = _option("what adamw adds to the root of the squares", 1e-8, off=1e-8,

@@ -67,7 +67,7 @@ SKIP = {
     "12d": "Skip *Counting well*, *Five dropouts* but for its table, and *What does it keep in mind?*.",
     "13": "Skip *Which part is missed?*, *If test texts are read* and *Which words did it?*.",
     "13a": "Skip *A team that ends together* but for its last cells, and *What BatchNorm changes*.",
-    "14": "Skip *Tricks that are still missing* but for one of them.",
+    "14": "Of *Tricks that are still missing* read *Filters that need not be learnt* only.",
 }
 
 

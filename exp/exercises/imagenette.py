@@ -27,6 +27,7 @@ def check_permutation_p(
             raise AssertionError("return a number: a share of all 2ⁿ ways") from None
         worlds = 2**len(given)
         hint = (": a share is from 0 to 1" if got > 1 + 1e-6 else
+                ": turn signs, not the order" if want < 1 <= got + 1e-6 else
                 ": go through all 2ⁿ ways" if abs(got*worlds - round(got*worlds)) > 1e-3 else
                 " (the measured signs count, and all of them turned round)" if got < 2/worlds else
                 " (do ties count, those too that rounding breaks?)" if got < want else "")

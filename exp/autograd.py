@@ -222,7 +222,7 @@ def _way_back(t: Tensor, gradient: object, retain_graph: bool) -> dict[Tensor, t
     found.pop(None, None)                # what went to leaves that are gone
     return found
 
-
+# %% ../nbs/02a_autograd.ipynb #317f922e
 def _backward(
     self: Tensor,
     gradient: object = None,     # ∂loss/∂self, the shape of self; None, for one number: 1

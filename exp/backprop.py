@@ -198,7 +198,7 @@ class CrossEntropy(Module):
     """Mean of -log softmax(logits)[target] over the batch, stable for any finite logits.
     Same as: nn.CrossEntropyLoss() (1e-6)."""
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        "Raises: ValueError unless logits are (n, classes) and targets (n,), int64."
+        "Raises: ValueError unless logits are (n, classes) and targets, which are int64, (n,)."
         if logits.ndim != 2 or targets.shape != logits.shape[:1]: raise ValueError(
             f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}: not (n, c) and (n,)")
         shifted = logits - logits.amax(1, keepdim=True)
@@ -211,6 +211,15 @@ class CrossEntropy(Module):
         one_hot = torch.zeros_like(log_probs).scatter_(1, targets[:, None], 1.)
         return grad/len(targets) * (log_probs.exp() - one_hot)
 
+# %% ../nbs/02_backprop.ipynb #4a97d3e1
+def _in_float64(layer: Module, *given: Tensor) -> tuple:
+    "Copies in float64: of a layer with its parameters, and of the numbers it is given."
+    double = lambda v: v.double().contiguous().clone() if v.is_floating_point() else v
+    layer = copy.deepcopy(layer)
+    layer.zero_grad()
+    for p in layer.parameters(): p.data = double(p.data)
+    return layer, *map(double, given)
+
 # %% ../nbs/02_backprop.ipynb #1184ce11
 def check_gradients(
     layer: Module,        # a layer, a model or a loss; it must give the same output each time
@@ -222,10 +231,7 @@ def check_gradients(
 ) -> dict[str, float]:    # largest absolute error of 'input' and of each parameter, by name
     """Check what `backward` computes against finite differences, in float64, on a copy of `layer`.
     Raises: AssertionError naming the gradient that is wrong; one that is missing counts as 0."""
-    double = lambda v: v.double().contiguous().clone() if v.is_floating_point() else v
-    layer, x, targets = copy.deepcopy(layer), double(x), [double(v) for v in targets]
-    layer.zero_grad()
-    for p in layer.parameters(): p.data = double(p.data)
+    layer, x, *targets = _in_float64(layer, x, *targets)
     out = layer(x, *targets)
     r = torch.randn(out.shape, generator=torch.Generator().manual_seed(1986)).to(out)
     weighted_sum = lambda _: (layer(x, *targets)*r).sum()
@@ -239,6 +245,14 @@ def check_gradients(
             f"{name!r} has no finite slope there, so nothing is checked; pass other numbers")
     test_like(grads, numeric, rtol, atol)
     return {name: (grads[name] - numeric[name]).abs().max().item() for name in numeric}
+
+# %% ../nbs/02_backprop.ipynb #b0c5e672
+def _step(params: list[Tensor], grads: list[Tensor], lr: float) -> None:
+    "Turn each dial against its slope; every shape is checked before any dial is turned."
+    for p, grad in zip(params, grads, strict=True): p.grad = grad   # here PyTorch checks it
+    for p in params:
+        p -= lr*p.grad
+        p.grad = None
 
 # %% ../nbs/02_backprop.ipynb #f5debd38
 def minibatches(
@@ -270,10 +284,7 @@ def train_mlp(
     for epoch in range(epochs):
         for i in minibatches(len(x), bs, 1000*seed + epoch):
             loss, grads = grad_func(params, x[i], y[i])
-            for p, grad in zip(params, grads, strict=True): p.grad = grad   # PyTorch checks shapes
-            for p in params:
-                p -= lr*p.grad
-                p.grad = None
+            _step(params, grads, lr)
             losses.append(float(loss))
         if after_epoch is not None: after_epoch(epoch)
     return losses

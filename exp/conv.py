@@ -62,7 +62,7 @@ def _margins(padding, size: Sequence[int], stride, dilation) -> tuple[int, int, 
     ph, pw = _pair(0 if padding == "valid" else padding, 0)
     return pw, pw, ph, ph
 
-
+# %% ../nbs/05d_cnn.ipynb #d962038b
 def conv2d(
     x: Tensor,                   # images, (bs, ni, h, w), or one image (ni, h, w)
     weight: Tensor,              # filters, (nf, ni/groups, kh, kw)
@@ -125,7 +125,7 @@ def conv(
     if act: layers.append(act())
     return nn.Sequential(*layers)
 
-
+# %% ../nbs/05d_cnn.ipynb #fb9e5a74
 def simple_cnn(
     widths: Sequence[int] = (8, 16, 32, 64),  # channels after each block; a block halves the image
     n_out: int = 10,                 # scores per image
@@ -140,7 +140,7 @@ def simple_cnn(
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], n_out))
     return nn.Sequential(*blocks, head)
 
-
+# %% ../nbs/05d_cnn.ipynb #a9e13187
 def init_cnn(
     model: nn.Module,  # its 2-d convolutions and linear layers are filled in place
     leak: float = 0.,  # slope below zero of the ReLUs between them

@@ -28,7 +28,7 @@ def first_tensor(
     if isinstance(out, Tensor): return out
     raise TypeError(f"found a {type(out).__name__} where a tensor was expected")
 
-
+# %% ../nbs/05e_hooks.ipynb #407484cb
 class Hook:
     """Call a function each time a layer has run, as long as a `with` block lasts:
     `with Hook(layer, func): model(xb)`. Or call `remove()`: a hook that is forgotten stays on the
@@ -78,7 +78,7 @@ def find_layers(
     wanted = (lambda m: not any(m.children())) if kind is None else (lambda m: isinstance(m, kind))
     return {name or type(m).__name__: m for name, m in model.named_modules() if wanted(m)}
 
-
+# %% ../nbs/05e_hooks.ipynb #7548b540
 class Hooks(list):
     "A `Hook` on each of several layers, or, after an error, on none; a list of them."
     def __init__(
@@ -103,6 +103,17 @@ class Hooks(list):
     def __enter__(self) -> "Hooks": return self
     def __exit__(self, *error): self.remove()
 
+# %% ../nbs/05e_hooks.ipynb #04d58d22
+def _layer_flops(module: nn.Module, inp: tuple, out: Tensor) -> int | None:
+    "Multiplications and additions with the weight; None if we know no rule for this layer."
+    own = dict(module.named_parameters(recurse=False))
+    turned = getattr(module, "transposed", None)     # False or True in PyTorch's convolutions
+    if "weight" in own and (turned is not None or isinstance(module, nn.Linear)):
+        uses = (first_tensor(inp) if turned else out).numel()//len(module.weight)
+        return 2*module.weight.numel()*uses
+    free = isinstance(module, nn.Embedding) or all(p.ndim < 2 for p in own.values())
+    return 0 if free else None
+
 # %% ../nbs/05e_hooks.ipynb #7a4c721d
 @contextmanager
 def as_found(
@@ -119,17 +130,6 @@ def as_found(
         torch.backends.mha.set_fastpath_enabled(fast)
         for m, mode, buffers in found: m.training, m._buffers = mode, buffers
         for b, old in values: b.data.copy_(old)
-
-
-def _layer_flops(module: nn.Module, inp: tuple, out: Tensor) -> int | None:
-    "Multiplications and additions with the weight; None if we know no rule for this layer."
-    own = dict(module.named_parameters(recurse=False))
-    turned = getattr(module, "transposed", None)     # False or True in PyTorch's convolutions
-    if "weight" in own and (turned is not None or isinstance(module, nn.Linear)):
-        uses = (first_tensor(inp) if turned else out).numel()//len(module.weight)
-        return 2*module.weight.numel()*uses
-    free = isinstance(module, nn.Embedding) or all(p.ndim < 2 for p in own.values())
-    return 0 if free else None
 
 # %% ../nbs/05e_hooks.ipynb #963f2344
 def _rows_of(model: nn.Module, xb: Tensor | tuple | list | dict) -> list[dict]:
@@ -154,7 +154,7 @@ def _rows_of(model: nn.Module, xb: Tensor | tuple | list | dict) -> list[dict]:
             raise
     return rows
 
-
+# %% ../nbs/05e_hooks.ipynb #30b53ba5
 def _summary_line(row: dict) -> dict:
     "A layer as the table shows it."
     mega = "?" if row["flops"] is None else f"{row['flops']/1e6:,.3f}" if row["flops"] else "–"
@@ -179,7 +179,7 @@ def summary(
     return table([*map(_summary_line, rows), total], rows=rows, **sums,
                  trainable=sum(n for n, learns in sizes if learns))
 
-# %% ../nbs/05e_hooks.ipynb #8c9e0ae3
+# %% ../nbs/05e_hooks.ipynb #c97d4219
 def _thin(x: Tensor, sample: int) -> Tensor:
     "About `sample` values at most, evenly spread; a step prime to the size visits all positions."
     step = max(1, -(-x.numel()//sample))
@@ -193,8 +193,51 @@ def _dead_share(x: Tensor, unit_dim: int) -> Tensor:
     by_unit = x[..., None, None].movedim(min(unit_dim, max(1, x.ndim - 1)), 1)
     return (by_unit.amin(0) == by_unit.amax(0)).flatten(1).all(1).to(x.dtype).mean()
 
+# %% ../nbs/05e_hooks.ipynb #136aba26
+class _Pictures:
+    "The two pictures of `ActivationStats`."
+    def _canvas(self, title: str, *shape, **settings):
+        "Axes under a title, if there is something to draw. Raises: ValueError."
+        if not self.steps: raise ValueError("no training step was measured: fit first")
+        fig, axes = subplots(*shape, **settings)
+        fig.suptitle(title, x=.01, ha="left", fontsize=11)
+        return axes
 
-class ActivationStats(Callback):
+    def plot_stats(
+        self,
+        title: str = "What each layer hands on",  # above the three pictures
+    ):                                            # the axes
+        "Mean, std and share of dead units of each layer, step by step. Raises: ValueError."
+        axes = self._canvas(title, 1, 3, figsize=(11, 3))
+        found = {"mean": self.means, "std": self.stds, "share of dead units": self.dead}
+        for ax, (what, rows) in zip(axes, found.items()):
+            curves = {f"layer {name}": row for name, row in zip(self.names, rows)}
+            plot_lines(curves, self.steps, xlabel="step", ylabel=what, title="", ax=ax,
+                       logy=what == "std")
+            if ax is not axes[0] and ax.get_legend(): ax.get_legend().remove()
+        return axes
+
+    def plot_hists(
+        self,
+        title: str = "Histogram of each layer, step by step",  # above the pictures
+        ncols: int = 5,                                        # pictures side by side
+    ):                                                         # the axes, one a layer
+        "The colourful dimension: a column a step, brightness for the logarithm of the count."
+        n = len(self.names)
+        nrows, ncols = -(-n//ncols), min(n, ncols)
+        axes = self._canvas(title, nrows, ncols, figsize=(max(4, 2.2*ncols), 2.4*nrows),
+                            squeeze=False, sharey=True)
+        for ax in axes.flat[n:]: ax.set_visible(False)
+        for ax, name, rows in zip(axes.flat, self.names, self.hists):
+            ax.imshow((rows.T*self.sample).log1p().numpy(), origin="lower", aspect="auto",
+                      extent=(self.steps[0], self.steps[-1] + 1, *self.limits))
+            ax.set(title=f"layer {name}", xlabel="step", ylabel="activation")
+            ax.grid(False)
+            ax.label_outer()
+        return axes.flat[:n]
+
+# %% ../nbs/05e_hooks.ipynb #8c9e0ae3
+class ActivationStats(_Pictures, Callback):
     """Record, for each layer and training step, mean, std, share of dead units and a histogram.
     After each epoch `means`, `stds`, `dead` are (n_layers, n_steps), `hists` (n_layers, n_steps,
     bins) shares; `steps`, counted from the start of `fit`, and `names` say of which steps and
@@ -260,46 +303,6 @@ class ActivationStats(Callback):
         self._rows = []                   # until here, nothing left the device
         self.means, self.stds, self.dead = self._table[..., :3].unbind(-1)
         self.hists = self._table[..., 3:]/self._table[..., 3:].sum(-1, keepdim=True)
-
-    def _canvas(self, title: str, *shape, **settings):
-        "Axes under a title, if there is something to draw. Raises: ValueError."
-        if not self.steps: raise ValueError("no training step was measured: fit first")
-        fig, axes = subplots(*shape, **settings)
-        fig.suptitle(title, x=.01, ha="left", fontsize=11)
-        return axes
-
-    def plot_stats(
-        self,
-        title: str = "What each layer hands on",  # above the three pictures
-    ):                                            # the axes
-        "Mean, std and share of dead units of each layer, step by step. Raises: ValueError."
-        axes = self._canvas(title, 1, 3, figsize=(11, 3))
-        found = {"mean": self.means, "std": self.stds, "share of dead units": self.dead}
-        for ax, (what, rows) in zip(axes, found.items()):
-            curves = {f"layer {name}": row for name, row in zip(self.names, rows)}
-            plot_lines(curves, self.steps, xlabel="step", ylabel=what, title="", ax=ax,
-                       logy=what == "std")
-            if ax is not axes[0] and ax.get_legend(): ax.get_legend().remove()
-        return axes
-
-    def plot_hists(
-        self,
-        title: str = "Histogram of each layer, step by step",  # above the pictures
-        ncols: int = 5,                                        # pictures side by side
-    ):                                                         # the axes, one a layer
-        "The colourful dimension: a column a step, brightness for the logarithm of the count."
-        n = len(self.names)
-        nrows, ncols = -(-n//ncols), min(n, ncols)
-        axes = self._canvas(title, nrows, ncols, figsize=(max(4, 2.2*ncols), 2.4*nrows),
-                            squeeze=False, sharey=True)
-        for ax in axes.flat[n:]: ax.set_visible(False)
-        for ax, name, rows in zip(axes.flat, self.names, self.hists):
-            ax.imshow((rows.T*self.sample).log1p().numpy(), origin="lower", aspect="auto",
-                      extent=(self.steps[0], self.steps[-1] + 1, *self.limits))
-            ax.set(title=f"layer {name}", xlabel="step", ylabel="activation")
-            ax.grid(False)
-            ax.label_outer()
-        return axes.flat[:n]
 
 # %% ../nbs/05e_hooks.ipynb #456f937e
 class GeneralReLU(nn.Module):

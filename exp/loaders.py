@@ -77,7 +77,7 @@ class Sampler:
         if not self.shuffle: return iter(range(len(self)))
         return iter(torch.randperm(len(self), generator=self.generator).tolist())
 
-
+# %% ../nbs/04a_loaders.ipynb #e4a61b50
 class BatchSampler:
     """Lists of bs indices; a short last one may be dropped. Raises: ValueError for bs below 1.
     Same as: torch.utils.data.BatchSampler.
@@ -135,7 +135,7 @@ def cpus() -> int:  # at least 1
     if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
-
+# %% ../nbs/04a_loaders.ipynb #e4a61b51
 def thread_map(
     func: Callable,      # item -> result
     items: Iterable,     # what to call it with
@@ -229,7 +229,7 @@ class _Worker:
             f"ended with exit code {code}"
         return f"{self.name} {how} at items {reprlib.repr(idxs)}; {hint}"
 
-
+# %% ../nbs/04a_loaders.ipynb #e4a61b52
 class _Crew(AbstractContextManager):
     "Worker processes, which end with this object; any thread may call one that is free."
     def __init__(self, n: int, load: Callable, persistent: bool = False):
@@ -287,7 +287,7 @@ def _seeded(*key: int):
     finally:
         for put, state in zip(put_back, before): put(state)
 
-
+# %% ../nbs/04a_loaders.ipynb #e4a61b53
 def _samples(ds: Dataset, skip: bool, seed: int, start: int, idxs: list) -> tuple[list, list, dict]:
     "Items, their indices, and what was skipped and why; each item has a chance of its own."
     items, kept, skipped = [], [], {}
@@ -301,7 +301,7 @@ def _samples(ds: Dataset, skip: bool, seed: int, start: int, idxs: list) -> tupl
         else: kept.append(i)
     return items, kept, skipped
 
-
+# %% ../nbs/04a_loaders.ipynb #e4a61b54
 def _load(ds: Dataset, collate_fn: Callable, skip: bool, task: tuple) -> tuple:
     "A loader's work, in any thread or process: task -> batch, its indices, what was skipped."
     seed, start, idxs = task

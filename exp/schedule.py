@@ -209,7 +209,7 @@ class _Endless:
     def __iter__(self) -> Iterator:
         return islice(chain.from_iterable(repeat(self.dl, self.n)), self.n)
 
-
+# %% ../nbs/05c_schedules.ipynb #5d5f706f
 def _twin(learn: Learner, n_batches: int) -> Learner:
     "A copy that shares the data and nothing else, with those callbacks that shape the training."
     if isinstance(learn.dls.train, Iterator): raise ValueError(
@@ -220,12 +220,14 @@ def _twin(learn: Learner, n_batches: int) -> Learner:
     twin.cbs = [cb for cb in learn.cbs if _shapes_training(cb)]
     twin._listeners = twin._afters = {}
     try: twin = copy.deepcopy(twin, shared)
-    except Exception as error: error.add_note("lr_find trains a copy of the learner"); raise
+    except Exception as error:
+        error.add_note("lr_find trains a copy of the learner")
+        raise
     twin.dls = copy.copy(learn.dls)
     twin.dls.train = _Endless(learn.dls.train, n_batches)
     return twin
 
-
+# %% ../nbs/05c_schedules.ipynb #435e5b5e
 _AFTERWARDS = ("after_batch", "after_pass", "after_epoch", "after_fit")
 
 
@@ -282,7 +284,9 @@ def _longest_fall(values: list[float]) -> list[int]:
             if values[j] > values[i] and length[j] >= length[i]:
                 length[i], back[i] = length[j] + 1, j
     path, i = [], length.index(max(length))
-    while i is not None: path.append(i); i = back[i]
+    while i is not None:
+        path.append(i)
+        i = back[i]
     return path[::-1]
 
 # %% ../nbs/05c_schedules.ipynb #36da88e6

@@ -56,7 +56,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:  # (bs, n_classes,
     "Negative log-likelihood after log-softmax. Raises: as `nll`. Same as: F.cross_entropy (1e-6)."
     return nll(log_softmax(logits), targets)
 
-
+# %% ../nbs/04_training_loop.ipynb #d3a61b40
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:    # (bs, n_classes, …), (bs, …) -> ()
     "Share of targets whose class has the largest score. Raises: ValueError for other shapes."
     if logits.dim() < 2 or logits.shape[1] < 2: raise ValueError(
@@ -190,7 +190,7 @@ class ReLU(Module):
     "max(x, 0). Same as: nn.ReLU."
     def forward(self, x: Tensor) -> Tensor: return F.relu(x)
 
-
+# %% ../nbs/04_training_loop.ipynb #d3a61b41
 class Sequential(Module):
     """Layers one after the other, named '0', '1', …; index or slice it. Same as: nn.Sequential.
     Raises: TypeError for what is no layer.
@@ -256,7 +256,7 @@ def _modes_kept(model):
     finally:
         for module, mode in before: module.training = mode
 
-
+# %% ../nbs/04_training_loop.ipynb #d3a61b42
 @torch.no_grad()
 def evaluate(
     model: Module | nn.Module,  # xb -> logits (bs, n_classes)

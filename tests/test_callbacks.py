@@ -369,6 +369,12 @@ def test_early_stopping_and_mode():
     with pytest.raises(ValueError, match="lower_is_better"): scripted([1.], C.EarlyStopping("strange"), "strange")
 
 
+def test_early_stopping_says_so_unless_quiet(capsys):
+    for quiet in (False, True):
+        scripted([.5, .4, .41, .42, .3], C.EarlyStopping("my_loss", patience=2), "my_loss", quiet=quiet)
+        assert ("no better my_loss for 2 rows" in capsys.readouterr().out) is not quiet
+
+
 def test_nan_is_never_the_best():
     nan = float("nan")
     assert len(scripted([nan, 3., 2., 1., .5, .4], C.EarlyStopping("score_loss", patience=2), "score_loss").history) == 6

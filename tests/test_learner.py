@@ -883,7 +883,7 @@ def test_bad_n(n, error):
 def test_classes_where_objects_are_wanted():
     with pytest.raises(TypeError, match=r"pass CrossEntropyLoss\(\)"): make(loss_func=nn.CrossEntropyLoss)
     with pytest.raises(TypeError, match="Count.*Metric objects"): make(metrics=[Count])
-    with pytest.raises(TypeError, match="'Adam' object is not callable"): make(opt_func=torch.optim.Adam(model().parameters())).fit(1)
+    with pytest.raises(TypeError, match="opt_func is a ready-made Adam: give the class"): make(opt_func=torch.optim.Adam(model().parameters()))
     with pytest.raises(AttributeError, match="param_groups"): make(opt_func=lambda params, lr: None).fit(1)
 
 
@@ -1184,3 +1184,7 @@ def test_what_cannot_be_trained_or_measured_is_said():
     with pytest.raises(TypeError, match="model is function: give an nn.Module"): L.Learner(lambda x: x, L.DataLoaders(batches()), cross_entropy)
     with pytest.raises(ValueError, match="Callback is not among"): make().remove_cb(L.Callback())
     with pytest.raises(ValueError, match="lr has 3 rates for 1 groups"): make().set_lr([.1, .2, .3])
+
+
+def test_a_schedule_in_the_place_of_a_rate_is_named():
+    with pytest.raises(TypeError, match=r"lr is a schedule: give it to ParamScheduler\(lr=…\)"): make().fit(1, lr=lambda position: .1)

@@ -16,6 +16,7 @@ import time
 import types
 import warnings
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from functools import partial
 
 import numpy as np
 import pytest
@@ -800,3 +801,129 @@ def test_processes_whose_orders_part_later_or_differ_in_length_are_told():
         return out, len(list(DataLoader(Chance(8), 2, sampler=range(8))))
     for said, n in in_processes(2, words):
         assert all("same seed" in word for word in said[:4]) and "no len()" in said[4] and n == 2, said
+
+
+# --- the exercises' checkers ------------------------------------------------------------------------------------------------
+
+class Weighted:
+    kind = "right"
+    def __init__(self, weights, n, generator=None):
+        if self.kind == "in place": weights[:] = [weight/sum(weights) for weight in weights]
+        self.weights, self.n, self.generator = torch.as_tensor(weights, dtype=torch.float), n, generator
+        if self.kind in ("once", "early"): self.drawn = self.draw()
+        if self.kind == "once": self.drawn = iter(self.drawn)
+
+    def __len__(self): return len(self.weights) if self.kind == "its weights" else self.n
+    def __iter__(self): return iter(self.drawn if self.kind in ("once", "early") else self.draw())
+    def draw(self):
+        weights = {"uniform": torch.ones(4), "inverse": 1/self.weights.clamp(min=.1)}.get(self.kind, self.weights)
+        n = 4 if self.kind == "short" else self.n
+        if self.kind == "crash": return self.nothing
+        drawn = weights.multinomial(n, True, generator=None if self.kind == "global" else self.generator)
+        return drawn if self.kind == "tensors" else (drawn + (self.kind == "off by one")).tolist()
+
+
+class WeightedByDarts(Weighted):
+    def draw(self):
+        ends = self.weights.cumsum(0)
+        return [int((dart >= ends).sum()) for dart in torch.rand(self.n, generator=self.generator)*ends[-1]]
+
+
+class WeightedOneByOne(Weighted):
+    def __iter__(self):
+        for _ in range(self.n): yield int(self.weights.multinomial(1, generator=self.generator))
+
+
+class WeightedForEver(Weighted):
+    def __iter__(self):
+        while True: yield from self.draw()
+
+
+def pad(items, kind="right"):
+    sequences, labels = zip(*items)
+    lengths = [len(s) for s in sequences]
+    longest = 10 if kind == "ten" else max(lengths)
+    gaps = [[0]*(longest - n) for n in lengths]
+    rows = [gap + s.tolist() if kind == "in front" else s.tolist() + gap for s, gap in zip(sequences, gaps)]
+    padded = torch.tensor(rows, dtype=torch.float if kind == "floats" else torch.int64)
+    if kind == "counts": lengths = (padded != 0).sum(1).tolist()
+    if kind == "longest": lengths = [longest]*len(items)
+    if kind == "pair": return padded, torch.tensor(labels)
+    return padded, torch.tensor(lengths), list(labels) if kind == "list" else torch.tensor(labels)
+
+
+def pad_sequence(items):
+    sequences, labels = zip(*items)
+    return [torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True), torch.tensor([*map(len, sequences)]), torch.tensor(labels)]
+def pad_sorts(items): items.sort(key=lambda item: -len(item[0])); return pad(items)
+def pad_resizes(items):
+    answer = pad(items)
+    for s, _ in items: s.resize_(4)
+    return answer
+
+
+class Similar:
+    kind = "right"
+    def __init__(self, lengths, bs, generator=None):
+        if self.kind == "in place": lengths.sort()
+        self.lengths, self.bs, self.generator = lengths, bs, generator
+        if self.kind in ("once", "early"): self.made = self.make()
+        if self.kind == "once": self.made = iter(self.made)
+
+    def __len__(self): return len(self.lengths)//self.bs + (self.kind != "drops")
+    def __iter__(self): return iter(self.made if self.kind in ("once", "early") else self.make())
+    def make(self):
+        order = sorted(range(len(self.lengths)), key=self.lengths.__getitem__, reverse=self.kind == "backwards")
+        if self.kind == "in place": order = list(range(len(self.lengths)))
+        if self.kind == "by chance": order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+        pieces = [order[i:i + self.bs] for i in range(0, len(order), self.bs)]
+        if self.kind == "inside": return [[piece[k] for k in torch.randperm(len(piece), generator=self.generator)] for piece in pieces]
+        if self.kind == "lengths": pieces = [[self.lengths[i] for i in piece] for piece in pieces]
+        if self.kind == "sorted": return pieces
+        return [pieces[k] for k in torch.randperm(len(pieces), generator=None if self.kind == "global" else self.generator)]
+
+
+class SimilarBlurred(Similar):
+    def make(self):
+        blurred = torch.tensor(self.lengths) + 5*torch.rand(len(self.lengths), generator=self.generator)
+        pieces = blurred.argsort().split(self.bs)
+        return [pieces[k] for k in torch.randperm(len(pieces), generator=self.generator)]
+
+
+def kind(base, name): return type(name, (base,), {"kind": name})
+
+
+LOADING = {"batches": 16, "left_out": 40, "alone": 9.125, "three": 3.125, "shared": 8}
+ANSWERS = {   # right ones, in several words; wrong ones, each with a word of the advice it gets
+    "weighted_sampler": ([Weighted, WeightedByDarts, WeightedOneByOne, lambda w, n, g=None: data.WeightedRandomSampler(w, n, generator=g)], {
+        WeightedForEver: "4001", **{kind(Weighted, name): word for name, word in {
+            "in place": "in place", "once": "second walk", "early": "both epochs", "its weights": "its length", "uniform": "weight 0", "inverse": "weight 0", "short": "4 indices",
+            "global": "`generator`", "tensors": "Python ints", "off by one": "only 4 weights", "crash": "AttributeError"}.items()}}),
+    "pad_collate": ([pad, pad_sequence], {
+        pad_sorts: "list of items was changed", pad_resizes: "has changed", **{partial(pad, kind=name): word for name, word in {
+            "ten": "no longer", "in front": "behind", "floats": "int64", "counts": "zero may belong", "longest": "true lengths", "pair": "three things", "list": "int64"}.items()}}),
+    "similar_lengths": ([Similar, kind(Similar, "backwards"), SimilarBlurred], {kind(Similar, name): word for name, word in {
+        "in place": "in place", "once": "exactly once", "early": "draw inside", "drops": "7 batches", "by chance": "sort by length", "inside": "shuffle the batches",
+        "lengths": "exactly once", "sorted": "draw inside", "global": "`generator`"}.items()}),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_checkers_know_right_from_wrong(name, capsys):
+    from exp.exercises import loaders
+    check, (right, wrong) = getattr(loaders, f"check_{name}"), ANSWERS[name]
+    for answer in right:
+        check(answer)
+        assert "✓" in capsys.readouterr().out
+    for answer, word in wrong.items():
+        with pytest.raises(AssertionError, match=word) as error: check(answer)
+        assert len(str(error.value).split()) >= 6, error.value
+
+
+def test_predictions_of_loading_are_judged_by_number(capsys):
+    from exp.exercises.loaders import check_loading
+    for right in (LOADING, {name: torch.tensor(number) for name, number in LOADING.items()}):
+        check_loading(right)
+        assert "✓" in capsys.readouterr().out
+    for name, number in {"batches": 15, "left_out": 24, "alone": 6., "three": 2., "shared": 16}.items():
+        with pytest.raises(AssertionError, match=f"'{name}' is not"): check_loading(LOADING | {name: number})

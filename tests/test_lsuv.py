@@ -15,8 +15,9 @@ from torch import nn
 
 from exp import lsuv
 from exp.conv import Conv2d
-from exp.hooks import GeneralReLU
-from exp.init import orthogonal_
+from exp.exercises import lsuv as E7
+from exp.hooks import GeneralReLU, Hooks, as_found, find_layers
+from exp.init import gaussian_mean, orthogonal_
 from exp.lsuv import lsuv_
 from exp.testing import test_like
 
@@ -610,3 +611,121 @@ def test_several_inputs(kind):
 
 
 def test_everything_public_is_tested(): assert set(lsuv.__all__) == {"lsuv_"}
+
+
+# --- the exercises' checkers -------------------------------------------------------------------------------------------
+
+def refuses(check, answer, word):
+    with pytest.raises(AssertionError, match=word): check(answer)
+
+
+@torch.no_grad()
+def per_channel(layers, x, one=False, at_once=False, early=False, shift=True, divide=True, fresh=False):
+    y, ys = x, []
+    for layer in layers: ys.append(y := layer(y))
+    for layer, old in zip(layers, ys):
+        if hasattr(layer, "weight"):
+            if fresh: orthogonal_(layer.weight)
+            y = (old if at_once else layer(x)).transpose(0, 1).flatten(1)
+            m, s = (y.mean().expand(len(y)), y.std().expand(len(y))) if one else (y.mean(1), y.std(1))
+            layer.weight.div_(s.view(-1, *[1]*(layer.weight.ndim - 1)))
+            if shift: layer.bias.sub_(m)
+            if divide: layer.bias.div_(s)
+        x = layer(x)
+    return ys[-1] if early else x
+
+
+def test_per_channel_judges_behaviour(capsys):
+    def new_parameters(layers, x):
+        for layer in layers:
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                y = layer(x).detach(); axes = [d for d in range(y.ndim) if d != 1]
+                m, s = y.mean(axes), y.var(axes, correction=0).sqrt()
+                layer.weight = nn.Parameter(torch.einsum("o...,o->o...", layer.weight.detach(), 1/s))
+                layer.bias = nn.Parameter((layer.bias.detach() - m)/s)
+            x = layer(x)
+        return x
+    for answer in (per_channel, new_parameters): E7.check_per_channel_(answer)
+    assert capsys.readouterr().out.count("✓") == 2
+    for options, word in ((dict(one=True), "its own channel"), (dict(at_once=True), "channel has"), (dict(early=True), "after all has been set"), (dict(shift=False), "shift each bias"),
+                          (dict(divide=False), "divide it as well"), (dict(fresh=True), "direction")): refuses(E7.check_per_channel_, lambda l, x: per_channel(l, x, **options), word)
+    refuses(E7.check_per_channel_, lambda l, x: x, "unchanged")
+    refuses(E7.check_per_channel_, lambda l, x: per_channel(l, x.div_(3)), "x was changed")
+
+
+def calm(act, power=15, low=1/3, high=3., squared=True, tenths=range(40, 0, -1)):
+    def slope(z): return torch.autograd.grad(act(z.requires_grad_()).sum(), z)[0]
+    for s in (t/10 for t in tenths):
+        chi = (s*s if squared else 1)*gaussian_mean(lambda z: slope(z)**2, std=s)/gaussian_mean(lambda z: act(z).detach()**2, std=s)
+        if low <= chi**power <= high: return s
+    raise ValueError("no std is calm")
+
+
+def test_calm_std_judges_behaviour(capsys):
+    def by_sums(act):
+        "No gaussian_mean: a fine grid of z, and autograd over all of it at once."
+        z, best = torch.linspace(-8, 8, 4001, dtype=torch.float64), None
+        p = torch.exp(-z*z/2); p = p/p.sum()
+        for s in torch.arange(1, 41)/10:
+            y = (s.double()*z).requires_grad_(); out = act(y)
+            slopes = torch.autograd.grad(out.sum(), y)[0]
+            if 1/3 <= (s**2*(p*slopes**2).sum()/(p*out.detach()**2).sum())**15 <= 3: best = s
+        if best is None: raise ValueError("none")
+        return best
+    for answer in (calm, by_sums): E7.check_calm_std(answer)
+    assert capsys.readouterr().out.count("✓") == 2
+    for options, word in ((dict(power=14), "outside"), (dict(power=30), "still calm"), (dict(low=0), "no σ in the list"), (dict(high=9e9), "outside"), (dict(squared=False), "σ"),
+                          (dict(tenths=range(1, 41)), "largest down")): refuses(E7.check_calm_std, lambda act: calm(act, **options), word)
+    def upwards(act):
+        last = None
+        for t in range(1, 41):
+            try: last = calm(act, tenths=[t])
+            except ValueError: break
+        if last is None: raise ValueError("none")
+        return last
+    refuses(E7.check_calm_std, upwards, "try all of them")
+
+
+def first_dead(model, xb, share=1e-3, nan=True, std=True, inputs=True, order=True, last=False, fixed=False, evaluate=True):
+    dead, layers = [], find_layers(model, nn.Linear)
+    def look(hook, module, inp, out):
+        part = out.var(0, correction=0).mean()/out.var(correction=0)
+        bad = nan and not math.isfinite(out.mean()) or std and out.std() == 0 or inputs and part < (1e-3 if fixed else share)
+        if bad: dead.append(hook.name)
+    with torch.no_grad(), as_found(model), Hooks(layers, look): (model.eval() if evaluate else model)(xb)
+    if not order: dead = [name for name in layers if name in dead]
+    return dead[-1 if last else 0] if dead else ""
+
+
+def test_first_dead_judges_behaviour(capsys):
+    def by_torchs_hooks(model, xb, share=1e-3):
+        outs, modes = [], [(m, m.training) for m in model.modules()]
+        hooks = [m.register_forward_hook(lambda m, inp, out, name=name: outs.append((name, out.double()))) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        with torch.no_grad(): model.eval()(xb)
+        for hook in hooks: hook.remove()
+        for m, mode in modes: m.training = mode
+        for name, y in outs:
+            if not (y.isfinite().all() and y.std() > 0 and y.var(0, correction=0).mean() >= share*y.var(correction=0)): return name
+        return ""
+    for answer in (first_dead, by_torchs_hooks): E7.check_first_dead(answer)
+    assert capsys.readouterr().out.count("✓") == 2
+    for options, word in ((dict(nan=False), "not finite"), (dict(std=False), "std of 0"), (dict(inputs=False), "inputs"), (dict(order=False), "order of running"), (dict(last=True), "the answer is"),
+                          (dict(fixed=True), "use the argument"), (dict(evaluate=False), "evaluation mode")): refuses(E7.check_first_dead, lambda m, x, share=1e-3: first_dead(m, x, share, **options), word)
+    def trains(m, x, share=1e-3): name = first_dead(m, x, share); m.train(); return name
+    refuses(E7.check_first_dead, trains, "mode has changed")
+    refuses(E7.check_first_dead, lambda m, x, share=1e-3: first_dead(m, x, share) or None, "returned None")
+    def leaves(m, x, share=1e-3): m[0].register_forward_hook(lambda *a: None) if isinstance(m, nn.Sequential) else None; return first_dead(m, x, share)
+    refuses(E7.check_first_dead, leaves, "left behind")
+
+
+def test_predictions_of_07(capsys):
+    left = .5 - 1/(2*math.pi)
+    right = dict(all_at_once=1024, tripled=1, behind=left**.5, bounded=2, centred=(.5/left)**14)
+    for answer in (right, right | dict(behind=torch.tensor(.58), centred="214")): E7.check_predictions(answer)
+    for key, value, word in (("all_at_once", 1, "all five"), ("tripled", 3, "does not know"), ("behind", .707, "mean square"), ("bounded", 4, "half"), ("centred", 1, "slope")):
+        refuses(E7.check_predictions, right | {key: value}, word)
+    names = {"sigmoid", "softplus", "tanh"}
+    for answer in (names, sorted(names)): E7.check_centred(answer)
+    assert capsys.readouterr().out.count("✓") == 4
+    for answer, word in ((names | {"relu"}, "relu"), (names - {"tanh"}, "tanh"), (names | {"exp"}, "exp"), ({"x", 1}, "none of"), ([["a"]], "none of"), ("tanh", "set of names")):
+        refuses(E7.check_centred, answer, word)

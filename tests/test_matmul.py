@@ -1,5 +1,6 @@
 "Lesson 01: each rung of the ladder, and what stands beside it, against the laws of the matrix product and against PyTorch."
 import ast
+import functools
 import itertools
 import math
 
@@ -197,29 +198,156 @@ def test_intensity_counts_each_matrix_once():
     assert space["intensity"](1, 10**9, 1) == pytest.approx(.25)          # a dot product: 2 operations on 8 bytes
 
 
-# --- the exercises' checkers convict ---------------------------------------------------------------------------------------------
+# --- the exercises' checkers: several right answers pass, and wrong ones hear why -------------------------------------------------
+
+def pairwise(*shapes):
+    def two(s, t):
+        n = max(len(s), len(t))
+        axes = list(zip((1,)*(n - len(s)) + s, (1,)*(n - len(t)) + t))
+        if any(x != y and 1 not in (x, y) for x, y in axes): raise ValueError("no")
+        return tuple(y if x == 1 else x for x, y in axes)
+    return functools.reduce(two, shapes)
+
+
+def from_the_left(*shapes): return pairwise(*[s + (1,)*(max(map(len, shapes)) - len(s)) for s in shapes])
+
+
+def zeros_stretched(*shapes): return pairwise(*[tuple(1 if n == 0 else n for n in s) for s in shapes])
+
+
+def by_assert(*shapes):
+    try: return pairwise(*shapes)
+    except ValueError: raise AssertionError("no") from None
+
+
+def row_by_row(a, b): return torch.stack([(a[..., i, :, None]*b).sum(-2) for i in range(a.shape[-2])], -2)
+def by_lists(a, b): return a.new_tensor([[sum(p*q for p, q in zip(r, c)) for c in b.mT.tolist()] for r in a.tolist()])
+
+
+def by_letters(spec, a, b, order=True):
+    inputs, out = spec.split("->")
+    p, q = inputs.split(",")
+    letters = sorted(set(p + q))
+    def up(names, x):
+        x = x.permute([names.index(k) for k in letters if k in names])
+        for i, k in enumerate(letters): x = x if k in names else x.unsqueeze(i)
+        return x
+    full = up(p, a)*up(q, b)
+    for i in reversed(range(len(letters))): full = full if letters[i] in out else full.sum(i)
+    left = [k for k in letters if k in out]
+    return full.permute([left.index(k) for k in out]) if order else full
+
+
+def sum_over_nothing(spec, a, b):
+    inputs, out = spec.split("->")
+    every = out + "".join(sorted(set(inputs) - set(out) - {","}))
+    return by_letters(f"{inputs}->{every}", a, b).sum(tuple(range(len(out), len(every))))   # of (): all axes
+
+
+def blocks(a, b, size, kernel, dtype=None, add=True, whole=False):
+    c, end = torch.zeros(len(a), b.shape[1], dtype=dtype or a.dtype), size - 1 if whole else 0
+    for k, i, j in itertools.product(*[range(0, n - end, size) for n in (a.shape[1], len(a), b.shape[1])]):
+        part = kernel(a[i:i+size, k:k+size], b[k:k+size, j:j+size])
+        c[i:i+size, j:j+size] = c[i:i+size, j:j+size]*add + part
+    return c
+
+
+def split_blocks(a, b, size, kernel):
+    return torch.cat([torch.cat([sum(map(kernel, rows.split(size, 1), columns.split(size, 0))) for columns in b.split(size, 1)], 1)
+                      for rows in a.split(size, 0)])
+
+
+def strassen(a, b, kernel, sign=1, out=None, in_place=False):
+    h = len(a)//2
+    (a11, a12), (a21, a22) = [rows.split(h, 1) for rows in a.split(h)]
+    (b11, b12), (b21, b22) = [rows.split(h, 1) for rows in b.split(h)]
+    m2, m3, m4 = kernel(a21 + a22, b11), kernel(a11, b12 - b22), kernel(a22, b21 - b11)
+    m5, m6, m7 = kernel(a11 + a12, b22), kernel(a21 - a11, b11 + b12), kernel(a12 - a22, b21 + b22)
+    if in_place: a[:h, :h] += a22
+    m1 = kernel(a[:h, :h] if in_place else a11 + a22, b11 + b22)
+    c = out(a) if out else torch.empty_like(a)
+    c[:h, :h], c[:h, h:], c[h:, :h], c[h:, h:] = m1 + m4 - sign*m5 + m7, m3 + m5, m2 + m4, m1 - m2 + m3 + m6
+    return c
+
+
+def by_cat(a, b, kernel): return torch.cat([row for row in strassen(a, b, kernel).split(1)])
+
+
+def eight(a, b, kernel):
+    h = len(a)//2
+    return torch.cat([torch.cat([kernel(a[i:i+h, :h], b[:h, j:j+h]) + kernel(a[i:i+h, h:], b[h:, j:j+h]) for j in (0, h)], 1) for i in (0, h)])
+
 
 def naive_blocks(a, b, size, kernel): return kernel(a[:size, :size], b[:size, :size])
+
+
 def forgets_a_block(a, b, kernel):
     h = len(a)//2
     for _ in range(7): kernel(a[:h, :h], b[:h, :h])
     return torch.zeros_like(a)
 
 
+PREDICTED = {
+    "x.stride()": (12, 4, 1), "x.transpose(0, 2).stride()": (1, 4, 12), "x[:, 1].stride()": (12, 1), "x[..., ::2].stride()": (12, 4, 2),
+    "torch.zeros(3).expand(5, 3).stride()": (0, 1), "(torch.zeros(8, 1, 6, 1) + torch.zeros(7, 1, 5)).shape": (8, 7, 6, 5),
+    "(x[:, None] @ torch.zeros(5, 4, 7)).shape": (2, 5, 3, 7), "bytes in memory of torch.zeros(1000, 1).expand(1000, 1000)": 4000,
+    "smallest n for which a float32 product n × n reaches 40 FLOP per byte": 240}
+
+
+@pytest.mark.parametrize("checker, answer", [
+    ("broadcast_shapes", pairwise), ("broadcast_shapes", lambda *shapes: np.broadcast_shapes(*shapes)),
+    ("batch_matmul", lambda a, b: (a.unsqueeze(-1)*b.unsqueeze(-3)).sum(-2)),
+    ("batch_matmul", lambda a, b: (a[..., :, None, :]*b.transpose(-1, -2)[..., None, :, :]).sum(-1)),
+    ("einsum2", by_letters), ("einsum2", lambda spec, a, b: by_letters(spec.split("->")[0][::-1] + "->" + spec.split("->")[1], b.permute(*range(b.ndim)[::-1]), a.permute(*range(a.ndim)[::-1]))),
+    ("matmul_blocked", blocks), ("matmul_blocked", split_blocks),
+    ("predictions", PREDICTED), ("predictions", {k: list(v) if isinstance(v, tuple) else float(v) for k, v in PREDICTED.items()}),
+    ("predictions", {k: np.array(v) for k, v in PREDICTED.items()}), ("predictions", {k: torch.tensor(v) for k, v in PREDICTED.items()}),
+    ("strassen", strassen), ("strassen", by_cat),
+])
+def test_checkers_accept_every_right_answer(checker, answer, capsys):
+    from exp.exercises import matmul
+    getattr(matmul, f"check_{checker}")(answer)
+    assert capsys.readouterr().out == f"✓ {checker}\n"
+
+
 @pytest.mark.parametrize("checker, answer, word", [
     ("broadcast_shapes", lambda *shapes: max(shapes, key=len), "from the right"),
+    ("broadcast_shapes", from_the_left, "do fit, to"),
+    ("broadcast_shapes", by_assert, "not AssertionError"),
+    ("broadcast_shapes", zeros_stretched, "even 0"),
     ("broadcast_shapes", lambda *shapes: list(shapes[0]), "tuple"),
     ("broadcast_shapes", lambda *shapes: tuple(max(axis) for axis in itertools.zip_longest(*[s[::-1] for s in shapes], fillvalue=1))[::-1], "even 0"),
     ("batch_matmul", lambda a, b: a @ b, "not allowed"),
     ("batch_matmul", torch.bmm, "not allowed"),
+    ("batch_matmul", torch.linalg.matmul, "not allowed"),
+    ("batch_matmul", lambda a, b: torch.from_numpy(a.numpy() @ b.numpy()), "not allowed"),
+    ("batch_matmul", by_lists, "not allowed"),
+    ("batch_matmul", row_by_row, "you loop over numbers"),
+    ("batch_matmul", lambda a, b: (a.unsqueeze_(-1)*b.unsqueeze_(-3)).sum(-2), "has changed"),
+    ("batch_matmul", lambda a, b: (a[..., None]*b[..., None, :, :]).sum(-2).float(), "dtype"),
+    ("batch_matmul", lambda a, b: (a[:, :, None]*b[None]).sum(1), "raised"),
+    ("batch_matmul", lambda a, b: (a[..., None]*b[..., None, :, :]).mean(-2), "wrong numbers"),
     ("batch_matmul", lambda a, b: (a[..., None]*b[..., None, :, :]).sum(-1), "which axis"),
     ("batch_matmul", lambda a, b: a.new_zeros(a.shape[0], b.shape[1]), "wrong numbers"),
     ("einsum2", lambda spec, a, b: a[..., None]*b, "shape"),
     ("einsum2", lambda spec, a, b: a.new_zeros(3, 4), "the matrix product"),
+    ("einsum2", functools.partial(by_letters, order=False), "order on the right"),
+    ("einsum2", sum_over_nothing, "nothing is summed"),
+    ("einsum2", space["einsum_loops"], "you loop over numbers"),
+    ("einsum2", lambda spec, a, b: 1, "return a tensor"),
     ("matmul_blocked", lambda a, b, size, kernel: a @ b, "calls of the kernel"),
     ("matmul_blocked", naive_blocks, "is due"),
+    ("matmul_blocked", functools.partial(blocks, add=False), r"\*add\*"),
+    ("matmul_blocked", functools.partial(blocks, dtype=torch.float32), "new_zeros"),
+    ("matmul_blocked", functools.partial(blocks, whole=True), "calls of the kernel"),
     ("strassen", forgets_a_block, "C11"),
+    ("strassen", functools.partial(strassen, sign=-1), "C11"),
+    ("strassen", eight, "seven"),
+    ("strassen", functools.partial(strassen, out=lambda a: torch.zeros(a.shape)), "dtype"),
+    ("strassen", functools.partial(strassen, in_place=True), "has changed"),
     ("predictions", [1], "dict"),
+    *[("predictions", PREDICTED | {question: wrong}, "is not") for question, wrong in zip(
+        PREDICTED, [torch.tensor([4, 3, 2]), (12, 4, 1), np.array([4, 1]), (6, 2, 1), (3, 1), (8, 7, 6, 1), (2, 3, 5, 7), 4_000_000, 241])],
 ])
 def test_checkers_say_what_is_wrong(checker, answer, word):
     from exp.exercises import matmul

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from exp.exercises import batchnorm as E6, norms as E6a
 from exp.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, centre
 
 SHAPES = {1: (5, 6), 2: (5, 6, 7), 3: (4, 6, 3, 5), 4: (3, 6, 2, 3, 4)}
@@ -340,3 +341,160 @@ def test_a_network_with_it_learns(cls):
     for _ in range(30):
         loss = F.cross_entropy(net(x), y); loss.backward(); opt.step(); opt.zero_grad()
     assert (net.eval()(x).argmax(1) == y).float().mean() > .85
+
+
+# --- the exercises' checkers -------------------------------------------------------------------------------------------
+
+def refuses(check, answer, word):
+    with pytest.raises(AssertionError, match=word): check(answer)
+
+
+def fold(conv, norm, eps=True, old=True, affine=True, root=True, by_scale=True):
+    with torch.no_grad():
+        var = norm.running_var + (norm.eps if eps else 0)
+        scale, shift = 1/(var.sqrt() if root else var), 0.
+        if affine and norm.weight is not None: scale, shift = scale*norm.weight, norm.bias
+        one = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups).to(conv.weight)
+        bias = conv.bias if old and conv.bias is not None else 0.
+        one.weight.copy_(conv.weight*scale.view(-1, 1, 1, 1))
+        one.bias.copy_((bias - norm.running_mean)*(scale if by_scale else 1.) + shift)
+    return one
+
+
+def test_fold_batchnorm_judges_behaviour(capsys):
+    def by_asking(conv, norm):
+        "No formula: what does the norm make of 0 and of 1?"
+        new, ask = copy.deepcopy(conv), torch.zeros(1, conv.out_channels, 1, 1).double()
+        with torch.no_grad():
+            shift = norm(ask).flatten()
+            scale = norm(ask + 1).flatten() - shift
+            new.weight = nn.Parameter(torch.einsum("o...,o->o...", conv.weight, scale))
+            new.bias = nn.Parameter(shift if conv.bias is None else shift + scale*conv.bias)
+        return new
+    for answer in (fold, by_asking): E6.check_fold_batchnorm(answer)
+    assert capsys.readouterr().out.count("✓") == 2
+    def in_place(conv, norm):
+        new = fold(conv, norm); conv.weight.data.copy_(new.weight.data); return new
+    def undilated(conv, norm):
+        new = fold(conv, norm); new.dilation = (1, 1); return new
+    for name in ("eps", "old", "affine", "root", "by_scale"): refuses(E6.check_fold_batchnorm, lambda c, n: fold(c, n, **{name: False}), "scale each filter")
+    for word, answer in {"were changed": in_place, "copy stride": undilated, "return one nn.Conv2d": nn.Sequential, "keep torch.float64": lambda c, n: fold(c, n).float(),
+                         "build a new one": lambda c, n: c, "training mode": lambda c, n: fold(c, n.train())}.items(): refuses(E6.check_fold_batchnorm, answer, word)
+
+
+NORMS = BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+
+
+@torch.no_grad()
+def recalibrate(model, batches, kinds=NORMS, reset=True, none=True, all_train=False, modes_back=True, momentum_back=True):
+    norms, modes = [m for m in model.modules() if isinstance(m, kinds)], [(m, m.training) for m in model.modules()]
+    momenta = [n.momentum for n in norms]
+    model.train(all_train)
+    for n in norms:
+        n.train()
+        if reset: n.reset_running_stats()
+        if none: n.momentum = None
+    for xb in batches: model(xb)
+    for n, momentum in zip(norms, momenta if momentum_back else ()): n.momentum = momentum
+    for m, mode in modes if modes_back else (): m.training = mode
+    return model
+
+
+def test_recalibrate_judges_behaviour(capsys):
+    @torch.no_grad()
+    def by_hand(model, batches):
+        "No option of the norm: note what reaches each, and fill the buffers."
+        seen, modes = {m: [] for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None}, [(m, m.training) for m in model.modules()]
+        hooks = [m.register_forward_pre_hook(lambda m, inp: seen[m].append(inp[0].transpose(0, 1).flatten(1))) for m in seen]
+        model.eval()
+        for m in seen: m.train()
+        for xb in batches: model(xb)
+        for hook in hooks: hook.remove()
+        for m, xs in seen.items():
+            m.running_mean.copy_(sum(x.mean(1) for x in xs)/len(xs))
+            m.running_var.copy_(sum(x.var(1) for x in xs)/len(xs))
+        for m, mode in modes: m.training = mode
+        return model
+    for answer in (recalibrate, by_hand): E6.check_recalibrate_(answer)
+    assert capsys.readouterr().out.count("✓") == 2
+    wrong = {"first running_mean": dict(reset=False), "running_mean is": dict(none=False), "only them": dict(all_train=True), "BatchNorm1d of vectors": dict(kinds=(BatchNorm, nn.BatchNorm2d)),
+             "modes have changed": dict(modes_back=False), "put each momentum back": dict(momentum_back=False)}
+    for word, options in wrong.items(): refuses(E6.check_recalibrate_, lambda m, b: recalibrate(m, b, **options), word)
+    refuses(E6.check_recalibrate_, lambda m, b: recalibrate(m, [torch.cat(b)]), "instead of")
+    refuses(E6.check_recalibrate_, lambda m, b: recalibrate(copy.deepcopy(m), b), "the model itself")
+
+
+def test_predictions_of_06(capsys):
+    right = {1: 128, 2: 7, 3: 8, 4: 3**.5, 5: .25}
+    for answer in (right, {1: torch.tensor(128), 2: "7", 3: 8., 4: 1.73, 5: .25}): E6.check_predictions(answer)
+    for key, value, word in ((1, 256, "buffers"), (2, 8, "half"), (3, 7, "in full"), (4, 3, "variance"), (5, 4, "slopes"), (5, None, "needs a number"), (1, torch.ones(2), "needs a number")):
+        refuses(E6.check_predictions, right | {key: value}, word)
+    for answer in ({"a", "b", "c", "f"}, "abcf", "a, b, c, f", ["f", "c", "b", "a"]): E6.check_only_the_batch(answer)
+    assert capsys.readouterr().out.count("✓") == 6
+    for answer, word in (({"a", "b", "c"}, "'f'"), (set("abcdf"), "'d'"), (set("bcf"), "'a'"), (set("abcef"), "'e'"), ([["a"]], "none of"), ({1, "z"}, "none of"), (7, "a set of letters")):
+        refuses(E6.check_only_the_batch, answer, word)
+
+
+def rms(x, w, eps): return x*(x.square().mean(-1, keepdim=True) + eps).rsqrt()*(1 if w is None else w)
+
+
+def test_rms_norm_judges_behaviour(capsys):
+    def careful(x, w, eps): return rms(x.float() if x.dtype == torch.half else x, w, eps).to(x.dtype)
+    def by_sums(x, w, eps):
+        y = x.double()
+        y = y/((y*y).sum(-1)/y.shape[-1] + eps).sqrt().unsqueeze(-1)
+        return (y if w is None else y*w).to(x.dtype)
+    for answer in (careful, by_sums, lambda x, w, eps: F.rms_norm(x, x.shape[-1:], w, eps)): E6a.check_rms_norm(answer)
+    assert capsys.readouterr().out.count("✓") == 3
+    def spoils(x, w, eps):
+        y = careful(x, w, eps)
+        if w is not None: w.zero_()
+        return y
+    wrong = {"subtract nothing": lambda x, w, eps: careful(x - x.mean(-1, keepdim=True), w, eps), "inside the root": lambda x, w, eps: x/(x.square().mean(-1, keepdim=True).sqrt() + eps)*(1 if w is None else w),
+             "over the last axis": lambda x, w, eps: x*(x.square().mean() + eps).rsqrt()*(1 if w is None else w), "fit into half": rms, "x was changed": lambda x, w, eps: x.copy_(rms(x, w, eps)),
+             "weight was changed": spoils, "only half precision": lambda x, w, eps: rms(x.float(), w if w is None else w.float(), eps).to(x.dtype),
+             "dtype of x": lambda x, w, eps: rms(x.float() if x.dtype == torch.half else x, w, eps), "return a tensor": lambda x, w, eps: rms(x, w, eps).tolist()}
+    for word, answer in wrong.items(): refuses(E6a.check_rms_norm, answer, word)
+
+
+def layernorm_back(grad, x, weight, eps, mean=True, along=True, gamma=True, axes=None, weighted=False):
+    d = x - x.mean(-1, keepdim=True)
+    r = (d.square().mean(-1, keepdim=True) + eps).rsqrt()
+    h, g = d*r, grad*weight if gamma else grad
+    dx = g - g.mean(-1, keepdim=True) if mean else g
+    if along: dx = dx - h*(g*h).mean(-1, keepdim=True)
+    axes = axes or list(range(x.ndim - 1))
+    return r*dx, ((g if weighted else grad)*h).sum(axes), grad.sum(axes)
+
+
+def test_layernorm_backward_judges_behaviour(capsys):
+    def by_jacobian(grad, x, weight, eps):
+        n, out = x.shape[-1], []
+        xs, gs = x.reshape(-1, n), grad.reshape(-1, n)
+        for row, g in zip(xs, gs):
+            r = 1/(row.var(correction=0) + eps).sqrt()
+            h = (row - row.mean())*r
+            out.append((g*weight) @ (r*(torch.eye(n).double() - 1/n - torch.outer(h, h)/n)))
+        h = F.layer_norm(xs, (n,), eps=eps)
+        return [torch.stack(out).view_as(x), torch.einsum("ij,ij->j", gs, h), gs.sum(0)]
+    for answer in (layernorm_back, by_jacobian): E6a.check_layernorm_backward(answer)
+    assert capsys.readouterr().out.count("✓") == 2
+    for options, word in ((dict(mean=False), "loses its mean"), (dict(along=False), "its part along"), (dict(gamma=False), "grad·weight"), (dict(axes=[0]), "all axes but"), (dict(weighted=True), "sum grad·x̂")):
+        refuses(E6a.check_layernorm_backward, lambda *a: layernorm_back(*a, **options), word)
+    def spoils(grad, x, weight, eps):
+        out = layernorm_back(grad, x, weight, eps); weight.zero_(); return out
+    def autograd(grad, x, weight, eps):
+        with torch.enable_grad(): return torch.autograd.grad((F.layer_norm(x.requires_grad_(), x.shape[-1:], weight, None, eps)*grad).sum(), x)
+    refuses(E6a.check_layernorm_backward, spoils, "in place")
+    refuses(E6a.check_layernorm_backward, autograd, "raised RuntimeError")
+
+
+def test_predictions_of_06a(capsys):
+    right = {"BatchNorm, training", "BatchNorm without averages, evaluation"}
+    for answer in (right, sorted(right)): E6a.check_neighbours(answer)
+    for answer, word in ((right | {"BatchNorm, evaluation"}, "1 of 7"), ({"BatchNorm, training"}, "1 of 7"), (right | {"InstanceNorm, tracking, training"}, "1 of 7"), (set(), "2 of 7"), ("BatchNorm", "set of names"),
+                         ({"x", 1}, "copy the names"), ([["a"]], "copy the names")): refuses(E6a.check_neighbours, answer, word)
+    numbers = {1: 64, 2: 3136, 3: 32, 4: 1, 5: 1}
+    for answer in (numbers, {key: torch.tensor(value) for key, value in numbers.items()}): E6a.check_predictions(answer)
+    assert capsys.readouterr().out.count("✓") == 4
+    for key, value, word in ((1, 8, "not per group"), (2, 64, "per entry"), (3, 4, "photo and group"), (4, .7, "one std"), (5, 2, "its std as well")): refuses(E6a.check_predictions, numbers | {key: value}, word)

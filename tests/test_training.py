@@ -2,6 +2,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -482,3 +483,132 @@ def test_fit_with_workers_gives_the_same_weights():
         fit(2, model, cross_entropy, SGD(model.parameters(), .1), DataLoader(clothes(40), 8, shuffle=True, **workers), DataLoader(clothes(8), 4))
         nets.append(model)
     test_like(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
+
+
+# --- the exercises' checkers ------------------------------------------------------------------------------------------------
+
+def top_k(x, t, k): return (x.argsort(1, descending=True)[:, :k] == t[:, None]).sum(1).float().mean()
+def top_k_rank(x, t, k): return ((x > x.gather(1, t[:, None])).sum(1) < k).float().mean()
+def top_k_loop(x, t, k): return torch.tensor(sum(int(c in row.topk(k).indices) for row, c in zip(x, t))/len(t))
+def top_k_first(x, t, k): return (x.argmax(1) == t).float().mean()
+def top_k_kth(x, t, k): return (x.topk(k).indices[:, -1] == t).float().mean()
+def top_k_broadcast(x, t, k): return (x.topk(k).indices == t).any(1).float().mean()
+def top_k_per_guess(x, t, k): return (x.topk(k).indices == t[:, None]).float().mean()
+def top_k_smallest(x, t, k): return (x.topk(k, largest=False).indices == t[:, None]).any(1).float().mean()
+def top_k_in_place(x, t, k):
+    hit = torch.zeros(len(t), dtype=torch.bool)
+    for _ in range(k):
+        best = x.argmax(1)
+        hit |= best == t
+        x[range(len(t)), best] = -torch.inf
+    return hit.float().mean()
+
+
+class Momentum(SGD):
+    kind = "right"
+    def __init__(self, params, lr, momentum):
+        super().__init__(params, lr)
+        self.fixed = {"lr": lr, "momentum": momentum}
+        if self.kind != "not in the group":
+            for group in self.param_groups: group.setdefault("momentum", momentum)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            h = {"fixed": self.fixed, "first group": self.param_groups[0]}.get(self.kind, group)
+            for p in group["params"]:
+                if p.grad is None and self.kind != "fades": continue
+                g, v = torch.zeros_like(p) if p.grad is None else p.grad, self.state[p].get("v", torch.zeros_like(p))
+                now = {"damped": (1 - h["momentum"])*g, "folded": h["lr"]*g}.get(self.kind, g)
+                v = self.state[p]["v"] = now if self.kind == "forgets" else h["momentum"]*v + now
+                p -= v if self.kind == "folded" else h["lr"]*(g + h["momentum"]*v) if self.kind == "nesterov" else h["lr"]*v
+
+
+class MomentumOnTheTape(Momentum): step = Momentum.step.__wrapped__       # forgot no_grad
+class MomentumOwn(torch.optim.Optimizer):
+    def __init__(self, params, lr, momentum): super().__init__(params, {"lr": lr, "momentum": momentum}); self.v = {}
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.v[p] = group["momentum"]*self.v.get(p, 0) + p.grad
+                    p.data.sub_(self.v[p], alpha=group["lr"])
+def momentum(kind): return type(kind, (Momentum,), {"kind": kind})
+
+
+def pile(model, loss_func, pieces, kind="right"):
+    if kind != "old gradients": model.zero_grad()
+    n, total, kept = sum(len(y) for _, y in pieces), 0., []
+    for x, y in pieces:
+        loss = loss_func(model(x), y)*{"sum": 1., "mean of means": 1/len(pieces)}.get(kind, len(y)/n)
+        if kind == "one graph": kept.append(loss)
+        else: loss.backward()
+        total += loss if kind == "on the tape" else loss.detach()
+    if kind == "one graph": sum(kept).backward()
+    if kind == "steps":
+        with torch.no_grad():
+            for p in model.parameters(): p -= .1*p.grad
+    return {"number": total.item(), "last loss": loss.detach(), "silent": None}.get(kind, total)
+
+
+def pile_divided_at_the_end(model, loss_func, pieces):
+    model.zero_grad()
+    n = total = 0
+    for x, y in pieces:
+        loss = loss_func(model(x), y)*len(y)
+        loss.backward()
+        n, total = n + len(y), total + loss.detach()
+    for p in model.parameters(): p.grad /= n
+    return total/n
+
+
+def pile_by_autograd_grad(model, loss_func, pieces):
+    params, n = list(model.parameters()), sum(len(y) for _, y in pieces)
+    sums, total = [torch.zeros_like(p) for p in params], torch.zeros(())
+    for x, y in pieces:
+        loss = loss_func(model(x), y)*(len(y)/n)
+        for s, g in zip(sums, torch.autograd.grad(loss, params)): s += g
+        total += loss.detach()
+    for p, s in zip(params, sums): p.grad = s
+    return total
+
+
+def pile_joint(model, loss_func, pieces):
+    model.zero_grad()
+    loss = loss_func(model(torch.cat([x for x, _ in pieces])), torch.cat([y for _, y in pieces]))
+    loss.backward()
+    return loss.detach()
+
+
+TOPS = {"float16": 11, "bfloat16": 88, "float32": 88}
+LOSSES = [2.30, 2.30, 6.91, .29, 100.]
+ANSWERS = {   # right ones, in several words; wrong ones, each with a word of the advice it gets
+    "top_k_accuracy": ([top_k, top_k_rank, top_k_loop], {
+        top_k_first: "k=10", top_k_kth: "k=10", top_k_broadcast: "k=1 ", top_k_per_guess: "k=10", top_k_smallest: "k=1 ", top_k_in_place: "in place",
+        lambda x, t, k: top_k(x, t, k).item(): "tensor of shape", lambda x, t, k: top_k(x, t, k).double(): "float64"}),
+    "momentum": ([torch.optim.SGD, Momentum, MomentumOwn], {
+        **{momentum(kind): "read from the group" for kind in ("fixed", "damped", "folded", "nesterov")}, momentum("first group"): "of its own",
+        momentum("fades"): "grad is None", momentum("forgets"): "plain SGD", momentum("not in the group"): "beside lr", MomentumOnTheTape: "in-place operation"}),
+    "accumulate": ([pile, pile_divided_at_the_end, pile_by_autograd_grad], {
+        pile_joint: "40 items were alive", **{partial(pile, kind=kind): word for kind, word in {
+            "one graph": "40 items were alive", "old gradients": "old gradients", "sum": "weight it", "mean of means": "16, 16, 7 and 1", "on the tape": "detached",
+            "number": "detached", "steps": "do not step", "last loss": "mean loss over all", "silent": "returned None"}.items()}}),
+}
+NUMBERS = {
+    "overflow": ([TOPS, {k: float(v) for k, v in TOPS.items()}, {k: np.int64(v) for k, v in TOPS.items()}, {k: torch.tensor(v) for k, v in TOPS.items()}],
+                 [TOPS | {"float16": 12}, TOPS | {"bfloat16": 11}, TOPS | {"float32": 89}, TOPS | {"float16": 11.09}, TOPS | {"float16": None}, {"float16": 11}, [11, 88, 88]]),
+    "first_losses": ([LOSSES, tuple(LOSSES), np.array(LOSSES), torch.tensor(LOSSES), [np.float32(v) for v in LOSSES]],
+                     [[1., *LOSSES[1:]], [2.30, 7., *LOSSES[2:]], [*LOSSES[:2], 3., *LOSSES[3:]], [*LOSSES[:3], 1.1, 100.], [*LOSSES[:4], 0.], LOSSES[:4], [*LOSSES[:4], None], "none"]),
+}
+
+
+@pytest.mark.parametrize("name", [*ANSWERS, *NUMBERS])
+def test_checkers_know_right_from_wrong(name, capsys):
+    from exp.exercises import training_loop
+    check, (right, wrong) = getattr(training_loop, f"check_{name}"), (ANSWERS | NUMBERS)[name]
+    for answer in right:
+        check(answer)
+        assert "✓" in capsys.readouterr().out
+    for answer in wrong:
+        with pytest.raises(AssertionError, match=wrong[answer] if name in ANSWERS else None) as error: check(answer)
+        assert len(str(error.value).split()) >= 6, error.value

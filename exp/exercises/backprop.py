@@ -30,7 +30,8 @@ def _mlp_grads(params: list[Tensor]) -> list[Tensor]:
 def _measure_predictions() -> dict:
     "Nothing is written down here: the answers to exercise 1 are measured."
     layer, small, calls = Linear(784, 100), Linear(20, 30), []
-    layer(torch.zeros(64, 784)); back = layer.backward(torch.zeros(64, 100))
+    layer(torch.zeros(64, 784))
+    back = layer.backward(torch.zeros(64, 100))
     for p in small.parameters():
         finite_difference_grad(lambda p: calls.append(p) or 0., p.double())
     zeros = _mlp_grads([torch.zeros_like(p) for p in init_mlp((4, 6, 3))])
@@ -230,7 +231,8 @@ def check_fixed(
     if torch.allclose(back, grad @ layer.weight.T):
         raise AssertionError("the input's gradient: square weights hide it; try Linear(4, 3)")
     attempt(check_gradients, attempt(cls, 4, 3), x)
-    attempt(layer.forward, x); attempt(layer.backward, grad)
+    attempt(layer.forward, x)
+    attempt(layer.backward, grad)
     for name, p in layer.named_parameters():
         if not torch.allclose(p.grad, 2*first[name]):
             raise AssertionError(f"{name}.grad: a second backward must add to it; see accumulate")

@@ -15,7 +15,7 @@ from ..setup import attempt, check_numbers, checker
 def check_fold_batchnorm(
     func,  # your fold_batchnorm(conv, norm)
 ) -> None:
-    "Check exercise 2. Raises: AssertionError with advice."
+    "Check exercise 1. Raises: AssertionError with advice."
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for norm_class in (BatchNorm, nn.BatchNorm2d):
@@ -28,6 +28,7 @@ def check_fold_batchnorm(
                 with torch.no_grad():
                     for p in norm.parameters(): p.uniform_(.5, 2)
                 for _ in range(3): norm(3*conv(torch.randn(8, 4, 9, 9).double()) + 1)
+                conv.eval()
                 norm.eval()
                 before = [p.clone() for m in (conv, norm) for p in m.state_dict().values()]
                 x = torch.randn(2, 4, 9, 9).double()
@@ -37,20 +38,33 @@ def check_fold_batchnorm(
                         f"{norm_class.__name__} with affine={affine}")
                 assert isinstance(one, nn.Conv2d), (f"{case}: got a {type(one).__name__}: "
                                                     "return one nn.Conv2d")
+                assert one.weight.dtype == conv.weight.dtype, (
+                    f"{case}: the weight is {one.weight.dtype}: keep {conv.weight.dtype}")
                 assert one is not conv, "the convolution itself was returned: build a new one"
                 with torch.no_grad(): got = attempt(one, x)
                 assert got.shape == right.shape, (
                     f"{case}: output {tuple(got.shape)} instead of {tuple(right.shape)}: copy "
                     "stride, padding, dilation, groups")
-                assert got.dtype == right.dtype, f"{case}: keep the dtype of the convolution"
                 assert torch.allclose(got, right, rtol=1e-9, atol=1e-9), (
                     f"{case}: off by {(got - right).abs().max():.2g}: scale each filter by "
                     "γ/√(running_var + ε); the bias becomes (old bias - running_mean)·that + β")
                 after = [p for m in (conv, norm) for p in m.state_dict().values()]
                 assert all(map(torch.equal, before, after)), (
                     f"{case}: the arguments were changed: clone the weights first")
+                assert not (conv.training or norm.training), (
+                    f"{case}: an argument was put into training mode: leave its mode alone")
 
 # %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #e448ef4d
+def _plain_averages(xs: list) -> tuple:
+    "Mean and unbiased variance of each channel, averaged over the batches."
+    rows = [x.transpose(0, 1).flatten(1) for x in xs]
+    means, variances = [r.mean(1) for r in rows], [r.var(1) for r in rows]
+    return torch.stack(means).mean(0), torch.stack(variances).mean(0)
+
+
+def _normed(x): return nn.functional.batch_norm(x, None, None, training=True)
+
+
 @checker
 def check_recalibrate_(
     func,  # your recalibrate_(model, batches)
@@ -58,11 +72,12 @@ def check_recalibrate_(
     "Check exercise 2. Raises: AssertionError with advice."
     gen = torch.Generator().manual_seed(0)
     batches = [2*torch.randn(n, 3, 5, 5, generator=gen) + n for n in (4, 6, 16)]
-    for norm in (BatchNorm, nn.BatchNorm2d):
-        model = nn.Sequential(norm(3), nn.Conv2d(3, 2, 3), norm(2, momentum=.3), nn.ReLU(),
-                              norm(2, track_running_stats=False), nn.Dropout(.5))
+    for norm, flat in ((BatchNorm, BatchNorm), (nn.BatchNorm2d, nn.BatchNorm1d)):
+        model = nn.Sequential(norm(3), nn.Conv2d(3, 2, 3), nn.Dropout(.5),
+                              norm(2, momentum=.3), nn.ReLU(),
+                              norm(2, track_running_stats=False), nn.Flatten(), flat(18))
         for _ in range(3): model(7*batches[0] - 40)              # a past to be forgotten
-        model[2].eval()
+        model[3].eval()
         modes = [m.training for m in model.modules()]
         weights = [p.detach().clone() for p in model.parameters()]
         name = f"{norm.__module__.split('.')[0]}'s {norm.__name__}"
@@ -70,23 +85,29 @@ def check_recalibrate_(
         got = attempt(func, model, given)
         assert got is model, "return the model itself, changed in place"
         assert all(map(torch.equal, weights, model.parameters())), "the weights must stay"
-        means = torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0)
+        assert all(p.requires_grad for p in model.parameters()), (
+            "some weights are frozen now: work under torch.no_grad() instead")
+        assert all(map(torch.equal, given, batches)), "a batch was changed in place"
+        means, variances = _plain_averages(batches)
         found = model[0].running_mean
         assert torch.allclose(found, means, atol=1e-4), (
             f"{name}: the first running_mean is {found.tolist()} instead of {means.tolist()}: "
             "reset_running_stats(), momentum None, train mode, then run each batch once")
-        variances = torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0)
         assert torch.allclose(model[0].running_var, variances, rtol=1e-3), (
             f"{name}: running_mean is right, running_var is not: average the unbiased variances")
-        with torch.no_grad(): hidden = [model[1](nn.functional.batch_norm(
-            x, None, None, model[0].weight, model[0].bias, True)) for x in batches]
-        second = torch.stack([h.mean((0, 2, 3)) for h in hidden]).mean(0)
-        assert torch.allclose(model[2].running_mean, second, atol=1e-3), (
-            f"{name}: a norm that was in evaluation mode has wrong averages: put all norms into "
-            "train mode while they look")
+        with torch.no_grad(): hidden = [model[1](_normed(x)) for x in batches]
+        means, variances = _plain_averages(hidden)
+        assert (torch.allclose(model[3].running_mean, means, atol=1e-3)
+                and torch.allclose(model[3].running_var, variances, rtol=1e-2)), (
+            f"{name}: a norm that was in evaluation mode, behind a dropout, has wrong averages: "
+            "put all norms, and only them, into train mode while they look")
+        means, _ = _plain_averages([_normed(_normed(h).relu()).flatten(1) for h in hidden])
+        assert torch.allclose(model[7].running_mean, means, atol=1e-3), (
+            f"the {flat.__name__} of vectors has wrong averages: norms of one and of three "
+            "dimensions count as well")
         assert [m.training for m in model.modules()] == modes, (
             "some modes have changed: note them before, put them back afterwards")
-        assert (model[0].momentum, model[2].momentum) == (.1, .3), "put each momentum back"
+        assert (model[0].momentum, model[3].momentum) == (.1, .3), "put each momentum back"
 
 # %% ../../nbs/exercises/06_batchnorm_exercises.ipynb #9b78e975
 @checker
@@ -110,8 +131,8 @@ def check_only_the_batch(
     "Check exercise 4. Raises: AssertionError with advice."
     assert isinstance(answer, (set, frozenset, list, tuple, str)), (
         f"answer with a set of letters such as {{'a', 'b'}}, got {answer!r}")
-    given = set(answer)
-    assert given <= set("abcdef"), f"{sorted(map(str, given - set('abcdef')))} is none of a … f"
+    given = {str(letter) for letter in answer} - {",", " "}
+    assert given <= set("abcdef"), f"{sorted(given - set('abcdef'))} is none of a … f"
     x = torch.randn(8, 6, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     order = torch.arange(8).flip(0)
     cases = {"a": (x[order], order), "b": (x + 100, slice(8)), "c": (3*x, slice(8)),

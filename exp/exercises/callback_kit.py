@@ -4,12 +4,10 @@
 __all__ = ['check_thermometer', 'check_windows', 'check_stop_at', 'check_walk', 'check_plateau']
 
 # %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #c4a6519e
-import copy
-
 import torch
 from torch import nn
 
-from ..callbacks import GradientClip
+from ..callbacks import GradientAccumulation, GradientClip
 from ..learner import Callback, DataLoaders, Learner
 from ..setup import attempt, checker
 from ..training import accuracy, cross_entropy
@@ -31,7 +29,21 @@ def _small_learner(cbs=(), **kwargs) -> Learner:
     options = dict(lr=.1, quiet=True, device="cpu", metrics=accuracy) | kwargs
     return Learner(model, dls, cross_entropy, cbs=cbs, **options)
 
-# %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #e57c6e28
+# %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #bd32abea
+def _number(x) -> float:
+    "A reader's number. Raises: AssertionError where it is none."
+    try: return float(x)
+    except (TypeError, ValueError, RuntimeError): raise AssertionError(
+        f"answer with a number such as 1.5, not {x!r}") from None
+
+
+def _numbers(x) -> list[float]:
+    "A reader's list of numbers. Raises: AssertionError where it is none."
+    try: return [float(n) for n in (None if isinstance(x, str) else x)]
+    except (TypeError, ValueError, RuntimeError): raise AssertionError(
+        f"give a list of numbers such as [4, 4], not {x!r}") from None
+
+# %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #577cc17f
 class _TrueNorms(Callback):
     "The length of the gradient before every step, noted before anybody changes it."
     order = -99
@@ -40,7 +52,7 @@ class _TrueNorms(Callback):
         grads = [p.grad.flatten() for p in learn.params()]
         self.found.append(torch.cat(grads).norm().item())
 
-
+# %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #e57c6e28
 @checker
 def check_thermometer(
     cls,  # your class Thermometer(n)
@@ -49,9 +61,12 @@ def check_thermometer(
     for n in (1, 4):
         truth, mine = _TrueNorms(), attempt(cls, n)
         learn = _small_learner([GradientClip(.01), mine, truth])
+        alone = _small_learner(GradientClip(.01))
         for epochs in (2, 1):
             attempt(lambda: (learn.fit(epochs), True))
-            want, got = truth.found[n-1::n], [float(x) for x in attempt(lambda: mine.norms)]
+            alone.fit(epochs)
+            want = truth.found[n-1::n]
+            got = _numbers(attempt(lambda: mine.norms))
             assert len(got) == len(want), (
                 f"Thermometer({n}) on {len(truth.found)} steps has {len(got)} norms, not "
                 f"{len(want)}: count steps, not epochs, and start anew in before_fit")
@@ -59,6 +74,9 @@ def check_thermometer(
                 "all norms are .01, the clip's limit: set `order` so that you are heard before it"
             assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-4), \
                 "the norms are others: the root of the sum of squares over all parameters"
+            for p, q in zip(learn.model.parameters(), alone.model.parameters()):
+                assert torch.allclose(p, q, rtol=1e-5, atol=1e-7), \
+                    "the training went otherwise than without you: look, and change no gradient"
 
 # %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #2c3ac665
 class _Windows(Callback):
@@ -72,14 +90,13 @@ def check_windows(
     answer,  # list of numbers
 ) -> None:
     "Check exercise 2 by counting. Raises: AssertionError with advice."
-    from exp.callbacks import GradientAccumulation
-    assert hasattr(answer, "__iter__"), f"answer with a list such as [4, 4], got {answer!r}"
+    got = _numbers(answer)
     windows = _Windows()
     learn = _small_learner([GradientAccumulation(4), windows])
     learn.dls = DataLoaders(_small_task(80))
     learn.fit(1)
-    got = [int(n) for n in answer]
-    assert sum(got) == 10, f"your windows hold {sum(got)} batches, but none of the ten is left out"
+    assert sum(got) == 10, \
+        f"your windows hold {sum(got):g} batches, but none of the ten is left out"
     assert got == windows.sizes, "a window is full at four batches; and what is left at the end?"
 
 # %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #713a93d0
@@ -91,13 +108,13 @@ def check_stop_at(
     free = _small_learner()
     free.fit(12)
     reached = [row["accuracy"] for row in free.history]
-    for goal in (reached[5], 2.):
-        learn = _small_learner([attempt(cls, "accuracy", goal)])
+    for name, goal in (("accuracy", reached[5]), ("accuracy", 2.), ("epoch", 3)):
+        learn = _small_learner([attempt(cls, name, goal)])
         attempt(lambda: (learn.fit(12), True))
-        want = next((i + 1 for i, a in enumerate(reached) if a >= goal), 12)
+        want = next((i + 1 for i, row in enumerate(free.history) if row[name] >= goal), 12)
         assert len(learn.history) == want, (
-            f"StopAt('accuracy', {goal:.2f}) ended after {len(learn.history)} epochs, not {want}: "
-            "look in after_epoch, and raise CancelFit")
+            f"StopAt({name!r}, {goal:.2f}) ended after {len(learn.history)} epochs, not {want}: "
+            "look at the last row in after_epoch, and raise CancelFit")
 
 # %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #c1adce09
 @checker
@@ -105,41 +122,50 @@ def check_walk(
     answer,  # a number
 ) -> None:
     "Check exercise 4 by averaging. Raises: AssertionError with advice."
+    given = _number(answer)
     average = 0.
     for weight in (1., 2., 3.): average = .5*average + .5*weight
-    assert abs(float(answer) - average) < 1e-6, (
-        f"{float(answer):g} is not it: after the first step it is .5·0 + .5·1; it always lags")
+    assert abs(given - average) < 1e-6, (
+        f"{given:g} is not it: after the first step it is .5·0 + .5·1; it always lags")
 
-# %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #39f2d424
-class _Say(Callback):
-    "Puts given losses into the history, and notes the rate after each epoch."
-    def __init__(self, losses, order):
-        self.losses, self.order, self.rates = iter(losses), order, []
-
-
-class _Losses(_Say):
+# %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #17161bb9
+class _Losses(Callback):
+    "Puts given losses into the history."
+    order = -99
+    def __init__(self, losses): self.given = losses
+    def before_fit(self, learn): self.losses = iter(self.given)
     def after_epoch(self, learn): learn.history[-1]["valid_loss"] = next(self.losses)
 
 
-class _GroupRates(_Say):
-    def after_epoch(self, learn): self.rates.append([group["lr"] for group in learn.groups])
+class _GroupRates(Callback):
+    "Notes the rates that each epoch is trained with."
+    order = 99
+    def before_fit(self, learn): self.rates = []
+    def before_pass(self, learn):
+        if learn.training: self.rates.append([group["lr"] for group in learn.groups])
 
-
+# %% ../../nbs/exercises/05a_callback_kit_exercises.ipynb #39f2d424
 @checker
 def check_plateau(
     cls,  # your class LowerOnPlateau(factor, patience)
 ) -> None:
     "Check exercise 5. Raises: AssertionError with advice."
-    losses = [3., 2., 2.5, 2., 1., 1., 1., 1., 1.]
-    want = [1., 1., 1., .5, .5, .5, .25, .25, .125]
-    rates = _GroupRates([], 99)
-    learn = _small_learner([_Losses(losses, -99), attempt(cls, .5, 2), rates], lr=[.1, .2],
-                           splitter=lambda m: [m[0].parameters(), m[2].parameters()])
-    attempt(lambda: (learn.fit(len(losses)), True))
-    got = [row[-1]/.2 for row in rates.rates]
-    assert got[3] != 1, "2.5 and 2.0 are no better than 2.0: two epochs of patience are over there"
-    assert torch.allclose(torch.tensor(got), torch.tensor(want)), (
-        f"the losses {losses} should give the rates {want}, relative to the first; got "
-        f"{[round(rate, 4) for rate in got]}")
-    assert all(abs(row[0]/row[1] - .5) < 1e-6 for row in rates.rates), "lower all groups"
-    assert copy.copy(learn.groups[-1]["lr"]) == .2, "leave the base rate to the learner"
+    losses = [3., 2., 2.5, 2., 1., 1., 1., 1., 1., 5.]     # the last one's rate is not looked at
+    for factor, patience, steps in ((.5, 2, [0, 0, 0, 0, 1, 1, 1, 2, 2, 3]),
+                                    (.1, 3, [0, 0, 0, 0, 0, 0, 0, 0, 1, 1])):
+        rates = _GroupRates()
+        cbs = [_Losses(losses), attempt(cls, factor, patience), rates]
+        learn = _small_learner(cbs, lr=[.1, .2],
+                               splitter=lambda m: [m[0].parameters(), m[2].parameters()])
+        want = [factor**k for k in steps]
+        for _ in range(2):                                 # a second fit counts anew
+            attempt(lambda: (learn.fit(len(losses)), True))
+            got = [row[-1]/.2 for row in rates.rates]
+            assert factor != .5 or got[4] != 1, \
+                "2.5 and 2.0 are no better than 2.0: two epochs of patience are over there"
+            assert torch.allclose(torch.tensor(got), torch.tensor(want)), (
+                f"factor {factor}, patience {patience}: the losses {losses} should train at the "
+                f"rates {[round(w, 4) for w in want]}, relative to the first, in every fit; got "
+                f"{[round(rate, 4) for rate in got]}")
+            assert all(abs(row[0]/row[1] - .5) < 1e-6 for row in rates.rates), "lower all groups"
+            assert learn.groups[-1]["lr"] == .2, "leave the base rate to the learner"

@@ -5,9 +5,9 @@ __all__ = ['check_skip_first', 'check_average_weights', 'check_f1', 'check_still
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #0a5d00bb
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..learner import Callback, CancelEpoch, DataLoaders, Learner, Metric
+from ..learner import Callback, CancelBatch, CancelEpoch, DataLoaders, Learner, Metric
 from ..setup import attempt, checker
 from ..training import cross_entropy
 
@@ -30,13 +30,13 @@ def _learner(cbs=(), **kwargs) -> Learner:
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #54d3b762
 class _Count(Callback):
-    "Counts predictions and steps."
-    order = 99
+    "Counts predictions and steps, before anybody else can cancel."
+    order = -99
     def before_fit(self, learn): self.trained = self.validated = self.steps = 0
     def after_pred(self, learn):
         if learn.training: self.trained += 1
         else: self.validated += 1
-    def after_step(self, learn): self.steps += 1
+    def after_step(self, learn): self.steps += learn.stepped
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #4f8c433d
 @checker
@@ -59,19 +59,24 @@ def check_skip_first(
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #0853d299
 class _Peek(Callback):
-    "Notes the weights in validation and after it, and may cancel."
+    "Notes the weights at each step, those that validation runs with, and those after it."
     order = 99
     def __init__(self, cancel=False):
         self.cancel, self.inside, self.after, self.steps = cancel, [], [], []
     def _weights(self, learn):
         return torch.cat([p.detach().clone().flatten() for p in learn.model.parameters()])
-    def before_fit(self, learn): self.start = self._weights(learn)
+    def before_fit(self, learn):
+        self.start = self._weights(learn)
+        def look(*_):
+            if not learn.training: self.inside.append((len(self.steps), self._weights(learn)))
+        self.hook = learn.model.register_forward_pre_hook(look)
+    def before_batch(self, learn):      # a batch without a step
+        if learn.training and learn.batch == 1: raise CancelBatch
     def after_step(self, learn): self.steps.append(self._weights(learn))
-    def before_batch(self, learn):
-        if learn.training: return
-        self.inside.append(self._weights(learn))
-        if self.cancel: raise CancelEpoch
-    def after_epoch(self, learn): self.after.append(self._weights(learn))
+    def after_pred(self, learn):
+        if self.cancel and not learn.training: raise CancelEpoch
+    def after_epoch(self, learn): self.after.append((len(self.steps), self._weights(learn)))
+    def after_fit(self, learn): self.hook.remove()
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #77f3946e
 @checker
@@ -82,43 +87,82 @@ def check_average_weights(
     for cancel in (False, True):
         peek = _Peek(cancel)
         learn = _learner([attempt(cls, .8), peek])
-        attempt(lambda: (learn.fit(1, lr=.5), True))
-        average = peek.start
-        for w in peek.steps: average = .8*average + .2*w
-        assert not torch.equal(peek.inside[0], peek.steps[-1]), \
-            "validation saw the plain weights: swap the averages in at before_pass"
-        torch.testing.assert_close(
-            peek.inside[0], average, rtol=1e-4, atol=1e-6,
-            msg="validation saw other weights than the running average: start it from the weights "
-                "before the first step, and update it after each step")
-        assert torch.equal(peek.after[0], peek.steps[-1]), \
-            "after validation the model has not its own weights back: use after_pass, and " \
-            "clone what you keep"
+        attempt(lambda: (learn.fit(2, lr=.5), True))
+        averages = [peek.start]
+        for w in peek.steps: averages.append(.8*averages[-1] + .2*w)
+        for n, seen in peek.inside:
+            assert not torch.equal(seen, peek.steps[n - 1]), \
+                "validation saw the plain weights: swap the averages in at before_pass"
+            torch.testing.assert_close(
+                seen, averages[n], rtol=1e-4, atol=1e-6,
+                msg="validation saw other weights than the running average: start it once, from "
+                    "the weights before the first step, and update it after each step, not each "
+                    "batch")
+        for n, left in peek.after:
+            assert torch.equal(left, peek.steps[n - 1]), \
+                "after validation the model has not its own weights back: use after_pass, and " \
+                "clone what you keep"
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #a19b762a
+def _f1(guess: Tensor, true: Tensor) -> float:
+    "The F1 score of two masks."
+    both, total = int((guess & true).sum()), int(guess.sum() + true.sum())
+    return 2*both/total if total else 0.
+
+
+def _f1_mistakes(logits: Tensor, y: Tensor, n: int, c: int) -> dict[str, float]:
+    "Usual mistakes on a batch of n and one of the rest: what is wrong, and what it would give."
+    picked, true, share = logits.argmax(1), y == c, n/len(y)
+    first, rest = _f1(picked[:n] == c, true[:n]), _f1(picked[n:] == c, true[n:])
+    twice, true_twice = torch.cat([picked[:n], picked]), torch.cat([true[:n], true])
+    largest = "the class of an item is its largest output"
+    return {
+        "the mean of the batches' scores: count over the whole pass": (first + rest)/2,
+        "the batches' scores weighted by size: count over the whole pass":
+            share*first + (1 - share)*rest,
+        "that of class 1: use c": _f1(picked == 1, y == 1),
+        f"that of outputs above .5: {largest}": _f1(logits[:, c] > .5, true),
+        f"that of outputs above 0: {largest}": _f1(logits[:, c] > 0, true),
+        f"that of probabilities above .5: {largest}": _f1(logits.softmax(1)[:, c] > .5, true),
+        "the accuracy: only class c counts": float((picked == y).float().mean()),
+        "that of an earlier pass, too: reset has to forget all counts":
+            _f1(twice == c, true_twice)}
+
+# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #17ba08ec
+def _f1_of(metric: Metric, *batches) -> float:
+    "Reset, add each batch, and ask for the value. Raises: AssertionError where that fails."
+    def one_pass():
+        metric.reset()
+        for pred, y in batches: metric.add(pred.clone(), y.clone(), len(y))
+        return metric.value()
+    value = attempt(one_pass)
+    try: return float(value)
+    except (TypeError, ValueError): raise AssertionError(
+        f"value() gave {value!r}: return a number") from None
+
+# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #d2aed0a9
 @checker
 def check_f1(
     cls,  # your class F1(c)
 ) -> None:
     "Check exercise 3. Raises: AssertionError with advice."
-    metric = attempt(cls, 1)
-    assert isinstance(metric, Metric), "derive your class from Metric"
-    assert metric.name == "f1", f"name is {metric.name!r}: set it to 'f1'"
-    metric.reset()
-    pred, y = torch.tensor([1, 1, 0, 1, 0, 0, 1]), torch.tensor([1, 0, 1, 1, 0, 1, 1])
-    for part in (slice(0, 2), slice(2, 7)):
-        metric.add(nn.functional.one_hot(pred[part], 3).float(), y[part], len(y[part]))
-    got = attempt(metric.value)
-    assert abs(got - 2*3/(2*3 + 1 + 2)) < 1e-6, \
-        f"3 true positives, 1 false positive, 2 false negatives make 6/9; got {got}. " \
-        "Do you count over all batches?"
-    metric.reset()
-    metric.add(torch.eye(3), torch.tensor([0, 0, 2]), 3)
-    metric.reset()
-    metric.add(torch.tensor([[1., 0, 0]]), torch.tensor([0]), 1)
-    assert attempt(metric.value) == 0, \
-        "without any positive, predicted or true, the score is 0; and does reset forget the " \
-        "batches before it?"
+    g = torch.Generator().manual_seed(7)
+    logits, y = torch.randn(20, 3, generator=g), torch.randint(3, (20,), generator=g)
+    a, b = (logits[:4], y[:4]), (logits[4:], y[4:])
+    for c in (2, 0):
+        metric = attempt(cls, c)
+        assert isinstance(metric, Metric), "derive your class from Metric"
+        name = getattr(metric, "name", None)
+        assert name == "f1", f"name is {name!r}: set it to 'f1'"
+        _f1_of(metric, a)                     # a pass before, to be forgotten
+        got, right = _f1_of(metric, a, b), _f1(logits.argmax(1) == c, y == c)
+        near = [idea for idea, value in _f1_mistakes(logits, y, 4, c).items()
+                if abs(got - value) < 1e-6]
+        assert abs(got - right) < 1e-6, (
+            f"F1({c}) is {right:.4f} here, yours is {got:.4f}, "
+            f"{near[0] if near else 'which is none of the usual mistakes: count t, p and n'}")
+    nothing = _f1_of(attempt(cls, 1), (torch.tensor([[1., 0, 0]]), torch.tensor([0])))
+    assert nothing == 0, "without any positive, predicted or true, the score is 0"
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #1b7dba2b
 class _Cut(Callback):
@@ -165,14 +209,15 @@ def check_who_writes(
     answer: set,  # class names
 ) -> None:
     "Check exercise 5. Raises: AssertionError with advice."
-    assert isinstance(answer, (set, list, tuple)) and answer, \
+    assert not isinstance(answer, (str, dict)) and hasattr(answer, "__iter__"), \
         f"answer with a set of class names, got {answer!r}"
+    names = {getattr(name, "__name__", str(name)) for name in answer}
     advice = {"GradientClip": "gradients belong to the learner's model, and it changes them",
-              "GradientAccumulation": "it writes loss_for_grad and accumulating",
+              "GradientAccumulation": "it scales the loss for backward, and writes accumulating",
               "EMA": "it swaps the weights for a while"}
     for name, why in advice.items():
-        assert name in set(answer), \
+        assert name in names, \
             f"one is missing; look for the callback of which this is true: {why}"
-    extra = sorted(set(answer) - set(advice))
+    extra = sorted(names - set(advice))
     assert not extra, \
         f"{', '.join(extra)} only reads, remembers, or raises: look at its methods again"

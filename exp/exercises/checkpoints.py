@@ -5,6 +5,7 @@ __all__ = ['check_average_checkpoints', 'check_counter', 'check_same_checkpoint'
 
 # %% ../../nbs/exercises/05b_checkpoints_exercises.ipynb #64b172b2
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,25 +34,38 @@ def _trained(seed: int, cbs=(), n: int = 1) -> Learner:
         learn.fit(n)
     return learn
 
+# %% ../../nbs/exercises/05b_checkpoints_exercises.ipynb #de3cfe95
+def _with_count(path: Path, more: int) -> dict:
+    "Let a file say that BatchNorm has seen more batches; the file's weights."
+    state = read_checkpoint(path)["model"]
+    state["1.num_batches_tracked"] += more
+    write_checkpoint({"model": state}, path)
+    return state
+
 # %% ../../nbs/exercises/05b_checkpoints_exercises.ipynb #42d80381
 @checker
 def check_average_checkpoints(
     func,  # your average_checkpoints(paths)
 ) -> None:
     "Check exercise 1. Raises: AssertionError with advice."
-    with tempfile.TemporaryDirectory() as folder:
-        paths = _files(folder)
-        states = [read_checkpoint(path)["model"] for path in paths]
-        states[-1]["1.num_batches_tracked"] += 5
-        write_checkpoint({"model": states[-1]}, paths[-1])
-        got = attempt(func, paths)
-    assert hasattr(got, "keys") and set(got) == set(states[0]), \
-        f"return a dict with the names {', '.join(states[0])}"
-    for name, last in states[-1].items():
-        want = torch.stack([s[name] for s in states]).mean(0) if last.is_floating_point() else last
-        assert got[name].dtype == last.dtype, f"{name} is {got[name].dtype}, it was {last.dtype}"
-        assert torch.allclose(got[name].double(), want.double(), atol=1e-6), \
-            f"{name} is not the mean over the files (or, for whole numbers, the last file's)"
+    for seeds in ((0, 1, 2), (3, 4)):
+        with tempfile.TemporaryDirectory() as folder:
+            paths = _files(folder, seeds)
+            states = [_with_count(path, 5*i) for i, path in enumerate(paths)]
+            given, before = list(paths), [path.read_bytes() for path in paths]
+            got = attempt(func, given)
+            assert given == paths and [path.read_bytes() for path in paths] == before, \
+                "leave the list and the files as they are"
+        assert hasattr(got, "keys") and set(got) == set(states[0]), \
+            f"return a dict with the names {', '.join(states[0])}"
+        for name, last in states[-1].items():
+            mean = torch.stack([s[name].double() for s in states]).mean(0)
+            want = mean if last.is_floating_point() else last
+            part = got[name]
+            assert torch.is_tensor(part), f"{name} is a {type(part).__name__}: return tensors"
+            assert part.dtype == last.dtype, f"{name} is {part.dtype}, it was {last.dtype}"
+            assert torch.allclose(part.double(), want.double(), atol=1e-6), \
+                f"{name} is not the mean over the files (or, for whole numbers, the last file's)"
 
 # %% ../../nbs/exercises/05b_checkpoints_exercises.ipynb #ecf30ba0
 class _Counter(Callback):
@@ -64,13 +78,32 @@ def check_counter(
     answer,  # a number
 ) -> None:
     "Check exercise 2 by resuming. Raises: AssertionError with advice."
+    try: given = float(answer)
+    except (TypeError, ValueError, RuntimeError): raise AssertionError(
+        f"answer with a number, got {answer!r}") from None
     counter = _Counter()
     with tempfile.TemporaryDirectory() as folder:
         _trained(0, SaveCheckpoint(folder, "train_loss"), n=2)
         learn = _trained(0, [SaveCheckpoint(folder, "train_loss"), counter], n=0)
         learn.fit(3, resume=Path(folder)/"last.pt")
-    assert int(answer) == counter.n, \
-        f"{answer} is not it: before_fit is heard by the resumed fit, too; which epochs are left?"
+    assert given == counter.n, \
+        f"{given:g} is not it: before_fit is heard by the resumed fit, too; which epochs are left?"
+
+# %% ../../nbs/exercises/05b_checkpoints_exercises.ipynb #078a7a42
+def _changes() -> dict[str, Callable]:
+    "What may differ between two trainings: a part, and what changes it in a file's content."
+    return {
+        "model": lambda c: c["model"]["0.bias"][0].add_(1e-6),
+        "opts": lambda c: c["opts"]["opt"]["param_groups"][0].update(lr=.2),
+        "random": lambda c: c["random"]["torch"][0].add_(1),
+        "base": lambda c: c["base"][0].update(lr=.2),
+        "learns": lambda c: c["learns"].pop(),
+        "frozen": lambda c: c["frozen"].append("0.bias"),
+        "callbacks": lambda c: c["callbacks"].update(Recorder={}),
+        "loss": lambda c: c["loss"].update(weight=torch.ones(2)),
+        "epochs_done": lambda c: c.update(epochs_done=7),
+        "history": lambda c: c["history"][-1].update(train_loss=0.),
+        "history (its length)": lambda c: c["history"].clear()}
 
 # %% ../../nbs/exercises/05b_checkpoints_exercises.ipynb #96dc74f4
 @checker
@@ -78,20 +111,21 @@ def check_same_checkpoint(
     func,  # your same_checkpoint(a, b)
 ) -> None:
     "Check exercise 3. Raises: AssertionError with advice."
+    def same(a, b) -> bool:
+        answer = attempt(func, a, b)
+        assert not isinstance(answer, str) and str(answer) in (
+            "True", "False", "tensor(True)", "tensor(False)"), \
+            f"return True or False, not {answer!r}"
+        return bool(answer)
     with tempfile.TemporaryDirectory() as folder:
         a, b, c = _files(folder, (0, 0, 1))
-        assert attempt(func, a, b) is True, \
-            "two runs with the same seed are the same, but for their seconds: return True"
-        assert attempt(func, a, c) is False, "another seed makes other weights: return False"
-        for part in ("model", "opts", "random"):
+        assert same(a, b), "two runs with the same seed are the same, but for their seconds"
+        assert not same(a, c), "another seed makes other weights"
+        for part, change in _changes().items():
             content = read_checkpoint(a)
-            if part == "model": content["model"]["0.bias"][0] += 1e-3
-            elif part == "opts": content["opts"]["opt"]["param_groups"][0]["lr"] = .2
-            else: content["random"]["torch"][0] += 1
+            change(content)
             write_checkpoint(content, b)
-            assert attempt(func, a, b) is False, f"a change under {part!r} went unnoticed"
-        write_checkpoint(read_checkpoint(a) | {"history": []}, b)
-        assert attempt(func, a, b) is False, "a shorter history went unnoticed"
+            assert not same(a, b) and not same(b, a), f"a change under {part!r} went unnoticed"
 
 # %% ../../nbs/exercises/05b_checkpoints_exercises.ipynb #54ffd7b6
 @checker
@@ -99,7 +133,9 @@ def check_power_cut(
     answer,  # a set of words
 ) -> None:
     "Check exercise 4. Raises: AssertionError with advice."
-    got = set(answer)
+    assert not isinstance(answer, (str, dict)) and hasattr(answer, "__iter__"), \
+        f"answer with a set such as {{'new last.pt'}}, got {answer!r}"
+    got = {str(word) for word in answer}
     assert "old last.pt" in got, "last.pt is written after best.pt: what lies there meanwhile?"
     assert "old best.pt" in got, "a new file takes the old one's place only when it is whole"
     assert got == {"old best.pt", "old last.pt"}, "the new ones are not yet there"

@@ -19,6 +19,16 @@ def _same(got, want, what: str, hint: str, atol: float = 1e-6):
     except AssertionError as error: raise AssertionError(f"{what}: {hint}\n{error}") from None
 
 
+def _asked(func, *args) -> torch.Tensor:
+    "The tensor that an answer returns, if it leaves alone what it was given."
+    given = [a.detach().clone() for a in args if isinstance(a, torch.Tensor)]
+    got = attempt(func, *args)
+    assert isinstance(got, torch.Tensor), f"return a tensor, not {got!r:.60}"
+    now = [a.detach() for a in args if isinstance(a, torch.Tensor)]
+    assert all(map(torch.equal, now, given)), "what you were given has changed: work on a copy"
+    return got
+
+# %% ../../nbs/exercises/05d_cnn_exercises.ipynb #78a916ac
 @checker
 def check_max_pool2d(
     func,  # your max_pool2d(x, size, stride=None) -> (bs, c, oh, ow)
@@ -28,15 +38,16 @@ def check_max_pool2d(
     for size, stride in ((2, None), (3, 2), (2, 3), ((3, 2), (1, 2)), (3, 1)):
         args = (x.clone(), size, *(() if stride is None else (stride,)))
         what = f"size {size}, stride {stride}"
-        _same(attempt(func, *args), F.max_pool2d(x, size, stride), what,
-               "which axes of `windows(x, size, stride)` hold a window? "
-               "And is the default stride the size?")
-    _same(attempt(func, -x.abs(), 2), F.max_pool2d(-x.abs(), 2), "negative images",
+        _same(_asked(func, *args), F.max_pool2d(x, size, stride), what,
+              "which axes of `windows(x, size, stride)` hold a window? "
+              "And is the default stride the size?")
+    _same(_asked(func, -x.abs(), 2), F.max_pool2d(-x.abs(), 2), "negative images",
            "the maximum of negative numbers is negative: was a zero mixed in?")
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-    attempt(func, ours, 3, 2).sin().sum().backward()
+    out = _asked(func, ours, 3, 2)
+    assert out.requires_grad, "no gradient can come back to x: was it detached on the way?"
+    out.sin().sum().backward()
     F.max_pool2d(theirs, 3, 2).sin().sum().backward()
-    assert ours.grad is not None, "no gradient came back to x: was it detached on the way?"
     _same(ours.grad, theirs.grad, "gradients",
            "each window sends its gradient to its largest pixel")
 
@@ -49,7 +60,7 @@ def check_conv_transpose2d(
     g = torch.Generator().manual_seed(0)
     dot, w = torch.zeros(1, 1, 3, 3), torch.arange(1., 10).view(1, 1, 3, 3)
     dot[0, 0, 1, 1] = 2
-    _same(attempt(func, dot.clone(), w.clone()), F.conv_transpose2d(dot, w),
+    _same(_asked(func, dot.clone(), w.clone()), F.conv_transpose2d(dot, w),
           "one dot of 2 in a 3×3 image",
            "it should paint the filter, doubled and unflipped, into the middle of 5×5")
     for (h, width), (kh, kw), stride, padding in (((4, 5), (3, 3), 1, 0), ((4, 5), (3, 2), 2, 0),
@@ -57,8 +68,7 @@ def check_conv_transpose2d(
         x = torch.randn(2, 3, h, width, generator=g, dtype=torch.float64)
         w = torch.randn(3, 4, kh, kw, generator=g, dtype=torch.float64)
         what = f"{h}×{width}, kernel {kh}×{kw}, stride {stride}, padding {padding}"
-        got = attempt(func, x.clone(), w.clone(), stride, padding)
-        assert isinstance(got, torch.Tensor), f"{what}: return a tensor, not {got!r:.60}"
+        got = _asked(func, x.clone(), w.clone(), stride, padding)
         want = F.conv_transpose2d(x, w, stride=stride, padding=padding)
         assert tuple(got.shape) == tuple(want.shape), \
             (f"{what}: the result is {tuple(got.shape)}, not {tuple(want.shape)}: "
@@ -104,13 +114,14 @@ def check_receptive_field(
         "nothing but a ReLU": (seq(nn.ReLU()), 1)}
     for name, (model, step) in models.items():
         got, r = attempt(func, model), _measured_field(model)
-        assert isinstance(got, (tuple, list)) and len(got) == 2, (
-            f"{name}: return a pair (r, j), not {got!r}")
+        try: got = [float(number) for number in got]
+        except (TypeError, ValueError): got = [got]
+        assert len(got) == 2, f"{name}: return a pair (r, j) of numbers, not {got}"
         assert got[0] == r, (
-            f"{name}: the gradient reaches {r} pixels, you say {got[0]}: do you use "
+            f"{name}: the gradient reaches {r} pixels, you say {got[0]:g}: do you use "
             "the step of the layer *below*, and the dilation, and look into nested blocks?")
         assert got[1] == step, \
-            f"{name}: neighbouring outputs lie {step} pixels apart, you say {got[1]}"
+            f"{name}: neighbouring outputs lie {step} pixels apart, you say {got[1]:g}"
 
 # %% ../../nbs/exercises/05d_cnn_exercises.ipynb #50be0ac9
 @checker
@@ -134,14 +145,15 @@ def check_product_share(
     "Check exercise 5. Raises: AssertionError with advice."
     g = torch.Generator().manual_seed(0)
     u, v = torch.randn(6, 4, 3, 1, generator=g), torch.randn(6, 4, 1, 5, generator=g)
-    share = attempt(func, u*v)
-    assert getattr(share, "ndim", 0) == 0, f"return one number, not {share!r:.60}"
-    assert abs(share - 1) < 1e-4, \
-        f"u·v is a product in every filter, so its share is 1, not {share:.3f}"
-    share = attempt(func, torch.eye(3).expand(6, 4, 3, 3))
-    assert abs(share - 1/3) < 1e-4, \
-        f"an identity has three equal singular values: 1/3, not {share:.3f}. Did you square?"
-    mixed = torch.stack([torch.eye(2)*100, torch.ones(2, 2)])[:, None]
-    share = attempt(func, mixed)
-    assert abs(share - .75) < 1e-4, \
-        f"the mean of 1/2 and 1 is 0.75, not {share:.3f}: one share per filter, then the mean"
+    cases = [(u*v, 1., "u·v is a product in every filter, so its share is 1"),
+             (torch.eye(3).expand(6, 4, 3, 3), 1/3, "an identity has three equal singular values"),
+             (torch.diag(torch.tensor([3., 2, 1])).expand(6, 4, 3, 3), 9/14,
+              "singular values 3, 2 and 1 give 9/14: square them, and sum over all"),
+             (torch.stack([torch.eye(2)*100, torch.ones(2, 2)])[:, None], .75,
+              "the mean of 1/2 and 1 is 0.75: one share per filter, then the mean")]
+    for weight, want, advice in cases:
+        got = attempt(func, weight.clone())
+        try: share = float(got)
+        except (TypeError, ValueError, RuntimeError):
+            raise AssertionError(f"return one number, not {got!r:.60}") from None
+        assert abs(share - want) < 1e-4, f"{advice}; you say {share:.3f}"

@@ -4,6 +4,8 @@
 __all__ = ['check_outputs_of', 'check_GradientFlow', 'check_activation_bytes', 'check_predictions', 'check_UpdateRatio']
 
 # %% ../../nbs/exercises/05e_hooks_exercises.ipynb #c4c8f7ed
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,22 +44,28 @@ def check_outputs_of(
     names = [name for name, m in model.named_modules() if not any(m.children())]
     assert set(got) == set(names), f"the keys should be {names}, they are {list(got)}"
     assert [m.training for m in model.modules()] == modes, "layers are in another mode than before"
+    same = all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert same, "the weights are others than before"
     model.load_state_dict(before)
     h = xb
     for name, layer in model.named_modules():
         if any(layer.children()): continue
         h = layer(h)
+        assert isinstance(got[name], torch.Tensor), f"output of {name!r}: a tensor, as it came"
         try: test_like(got[name], h.detach(), rtol=1e-5, atol=1e-5)
-        except AssertionError as error:
-            raise AssertionError(f"output of {name!r}: {error}") from None
+        except AssertionError as error: raise AssertionError(
+            f"output of {name!r}, in the mode that its layer has: {error}") from None
         assert not got[name].requires_grad, f"output of {name!r} is still on the tape: detach it"
     assert not _hooks_left(model), f"{_hooks_left(model)} hooks are left on the model: use `with`"
     try: func(model, torch.randn(5, 2, 12, 12))
     except Exception: pass
     assert not _hooks_left(model), "after a model that failed, hooks were left: use `with`"
-    order = list(attempt(func, _ViewAndInPlace(), torch.randn(2, 2, 5)))
-    assert order == ["first", "act", "flat", "last"], \
-        f"the layers ran in the order first, act, flat, last, you give {order}"
+    layers, x = _ViewAndInPlace(), torch.randn(2, 2, 5)
+    got = attempt(func, layers, x)
+    assert list(got) == ["first", "act", "flat", "last"], \
+        f"the layers ran in the order first, act, flat, last, you give {list(got)}"
+    assert torch.allclose(got["first"], layers.first(x).detach(), atol=1e-5), \
+        "the layer behind 'first' works in place and has changed what you kept: clone it"
 
 # %% ../../nbs/exercises/05e_hooks_exercises.ipynb #18d065a4
 class _Failing(Callback):
@@ -134,17 +142,21 @@ def check_activation_bytes(
     x = torch.randn(7, 5)
     cases = {"five layers, each with memory of its own": (plain, x, 4*7*(4*30 + 4)),
              "the same in double precision": (plain.double(), x.double(), 8*7*(4*30 + 4)),
+             "blocks of layers": (nn.Sequential(plain[:2], nn.Sequential(plain[2:])), x,
+                                  4*7*(4*30 + 4)),
              "an activation in place, then a view": (
                  _ViewAndInPlace(), torch.randn(7, 2, 5), 4*7*(2*40 + 3))}
     for name, (model, xb, want) in cases.items():
         model.to(xb.dtype)
         for mode in (torch.enable_grad(), torch.no_grad()):
             with mode: got = attempt(func, model, xb)
-            assert getattr(got, "ndim", 0) == 0, f"return one number, not {got!r:.60}"
+            try: got = float(got)
+            except (TypeError, ValueError, RuntimeError):
+                raise AssertionError(f"return one number, not {got!r:.60}") from None
             advice = "was freed memory that is used again taken for shared? Keep the outputs " \
                      "until the pass is over" if got < want else \
                      "count memory that layers share once, and layers without layers inside only"
-            assert got == want, f"{name}: {want} bytes, you say {got}: {advice}"
+            assert got == want, f"{name}: {want} bytes, you say {got:.0f}: {advice}"
         assert not _hooks_left(model), f"{_hooks_left(model)} hooks are left on the model"
 
 
@@ -175,9 +187,8 @@ def check_UpdateRatio(
     "Check exercise 5. Raises: AssertionError with advice."
     g = torch.Generator().manual_seed(0)
     batches = [(torch.randn(6, 4, generator=g), torch.arange(6) % 3) for _ in range(4)]
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    twin, cb = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), attempt(cls)
-    twin.load_state_dict(model.state_dict())
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
+    twin, cb = copy.deepcopy(model), attempt(cls)
     opts = dict(opt_func=torch.optim.Adam, lr=.01, quiet=True, device="cpu")
     dls = DataLoaders(batches, batches[:2])
     try: Learner(model, dls, F.cross_entropy, cbs=[cb, _SkipSecond()], **opts).fit(2)
@@ -185,7 +196,7 @@ def check_UpdateRatio(
     except Exception as error:
         raise AssertionError(f"UpdateRatio made training fail: {error}") from error
     opt, columns = torch.optim.Adam(twin.parameters(), lr=.01), []
-    weights = [twin[0].weight, twin[2].weight]
+    weights = [twin[0].weight, twin[3].weight]
     for xb, yb in batches*2:
         old = [w.detach().clone() for w in weights]
         opt.zero_grad()
@@ -196,9 +207,9 @@ def check_UpdateRatio(
     assert isinstance(got, torch.Tensor), \
         f"cb.ratios should be a tensor after training, it is {got!r:.40}"
     assert tuple(got.shape) == (2, 8), \
-        f"cb.ratios is {tuple(got.shape)}, not (2, 8): two weights, no biases, eight steps"
-    assert list(getattr(cb, "names", [])) == ["0.weight", "2.weight"], \
-        f"cb.names is {getattr(cb, 'names', None)}: give ['0.weight', '2.weight']"
+        f"cb.ratios is {tuple(got.shape)}, not (2, 8): two weights, no biases or norms, eight steps"
+    assert list(getattr(cb, "names", [])) == ["0.weight", "3.weight"], \
+        f"cb.names is {getattr(cb, 'names', None)}: give ['0.weight', '3.weight']"
     assert not got[:, [1, 5]].any(), "a step that was skipped changes nothing: its ratio is 0"
     try: test_like(got.detach().cpu(), want, rtol=1e-3, atol=1e-6)
     except AssertionError as error:

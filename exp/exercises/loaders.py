@@ -6,6 +6,7 @@ __all__ = ['check_weighted_sampler', 'check_pad_collate', 'check_similar_lengths
 # %% ../../nbs/exercises/04a_loaders_exercises.ipynb #4ae00004
 import math
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 
@@ -21,17 +22,21 @@ def check_weighted_sampler(
     weights, n = [1., 0., 3., 6.], 4000
     make = lambda: attempt(cls, weights, n, torch.Generator().manual_seed(1))
     sampler = make()
+    assert weights == [1., 0., 3., 6.], "weights was changed in place: make a tensor of it"
     assert hasattr(sampler, "__len__") and hasattr(sampler, "__iter__"), \
         "a sampler needs two methods, __len__ and __iter__"
     assert len(sampler) == n, f"its length is the n={n} indices of one epoch, got {len(sampler)}"
-    first, second = list(sampler), list(sampler)
-    assert len(first) == n, f"one walk gave {len(first)} indices, expected n={n}"
+    def walk(sampler): return list(islice(sampler, n + 1))
+    first, second = attempt(walk, sampler), attempt(walk, sampler)
+    for name, walked in (("first", first), ("second", second)): assert len(walked) == n, \
+        f"the {name} walk gave {len(walked)} indices, expected n={n} in each"
     kinds = {type(i).__name__ for i in first}
     assert kinds == {"int"}, f"indices are of type {kinds}: make Python ints of them, .tolist()"
     assert set(first) <= {0, 1, 2, 3}, f"got the index {max(first)}, but there are only 4 weights"
     assert 1 not in first, "an index of weight 0 was drawn: it should never come"
     assert first != second, "both epochs are the same: draw inside __iter__, not in __init__"
-    assert first == list(make()), "the same seed gave other indices: draw from `generator`"
+    assert first == attempt(walk, make()), \
+        "the same seed gave other indices: draw from `generator`"
     _check_shares(first, [w/sum(weights) for w in weights])
     pairs = [(torch.ones(2), i) for i in range(4)]
     loader = DataLoader(pairs, 8, sampler=attempt(cls, weights, 20))
@@ -50,9 +55,13 @@ def check_pad_collate(
     func: Callable,  # your pad_collate(items) -> (padded, lengths, labels)
 ) -> None:
     "Check exercise 2. Raises: AssertionError with advice."
-    items = [(torch.tensor([5, 7]), 1), (torch.tensor([1, 2, 3, 4]), 0), (torch.tensor([9]), 1)]
-    before = [sequence.clone() for sequence, _ in items]
-    got = attempt(func, items)
+    items = [(torch.tensor([5, 0]), 1), (torch.tensor([1, 2, 3, 4]), 0), (torch.tensor([9]), 1)]
+    before, given = [sequence.clone() for sequence, _ in items], list(items)
+    got = attempt(func, given)
+    assert len(given) == 3 and all(a is b for a, b in zip(given, items)), \
+        "the list of items was changed: leave it as it came, and in its order"
+    assert all(map(torch.equal, before, (sequence for sequence, _ in items))), \
+        "a sequence that was given has changed: copy it into a new tensor"
     assert isinstance(got, (tuple, list)) and len(got) == 3, \
         "return three things: the padded sequences, their lengths, the labels"
     for name, part in zip(("padded", "lengths", "labels"), got):
@@ -61,13 +70,12 @@ def check_pad_collate(
     padded, lengths, labels = got
     assert padded.shape == (3, 4), \
         f"padded has shape {tuple(padded.shape)}, expected (3, 4): no longer than the longest"
-    want = torch.tensor([[5, 7, 0, 0], [1, 2, 3, 4], [9, 0, 0, 0]])
+    want = torch.tensor([[5, 0, 0, 0], [1, 2, 3, 4], [9, 0, 0, 0]])
     assert torch.equal(padded, want), \
         f"expected {want.tolist()}, got {padded.tolist()}: zeros behind"
-    assert lengths.tolist() == [2, 4, 1], f"the true lengths are [2, 4, 1], got {lengths.tolist()}"
+    assert lengths.tolist() == [2, 4, 1], (f"the true lengths are [2, 4, 1], got "
+                                           f"{lengths.tolist()}: a zero may belong to a sequence")
     assert labels.tolist() == [1, 0, 1], f"the labels are [1, 0, 1], got {labels.tolist()}"
-    assert all(map(torch.equal, before, (sequence for sequence, _ in items))), \
-        "a sequence that was given has changed: copy it into a new tensor"
     batches = list(DataLoader(items, 2, collate_fn=func))
     assert [tuple(b[0].shape) for b in batches] == [(2, 4), (1, 1)], \
         "in a DataLoader the second batch, of one short sequence, should be (1, 1)"
@@ -79,15 +87,19 @@ def check_similar_lengths(
 ) -> None:
     "Check exercise 3. Raises: AssertionError with advice."
     lengths = torch.randint(1, 100, (50,), generator=torch.Generator().manual_seed(0)).tolist()
-    make = lambda: attempt(cls, lengths, 8, torch.Generator().manual_seed(1))
+    given = list(lengths)
+    make = lambda: attempt(cls, given, 8, torch.Generator().manual_seed(1))
     sampler = make()
+    assert given == lengths, ("lengths was changed in place, and nobody knows any more which item "
+                              "is which: sorted(range(n), key=…) or argsort")
     for name in ("__len__", "__iter__"): assert hasattr(sampler, name), f"it needs a method {name}"
     assert len(sampler) == 7, f"50 items in batches of 8 are 7 batches, not {len(sampler)}"
-    first, second, third = ([[int(i) for i in b] for b in s] for s in (sampler, sampler, make()))
+    def walk(sampler): return [[int(i) for i in batch] for batch in islice(sampler, 99)]
+    first, second, third = (attempt(walk, s) for s in (sampler, sampler, make()))
     assert sorted(len(batch) for batch in first) == [2, 8, 8, 8, 8, 8, 8], \
         f"expected six batches of 8 and one of 2, got sizes {[len(batch) for batch in first]}"
-    indices = sorted(i for batch in first for i in batch)
-    assert indices == list(range(50)), "every index should come exactly once in an epoch"
+    for walked in (first, second): assert sorted(sum(walked, [])) == list(range(50)), \
+        "every index should come exactly once in an epoch, in the second as in the first"
     padded = sum(len(batch)*max(lengths[i] for i in batch) for batch in first)
     assert padded <= 1.25*sum(lengths), \
         f"padding makes {padded} of {sum(lengths)} numbers: sort by length before you cut"

@@ -22,6 +22,7 @@ def _channel_stats(y):
 
 
 @checker
+@torch.random.fork_rng(devices=[])
 def check_per_channel_(
     func,  # your per_channel_(layers, x) -> output of the last layer
 ) -> None:
@@ -34,7 +35,9 @@ def check_per_channel_(
                          nn.Conv2d(6, 4, 3, stride=2)], torch.rand(20, 3, 9, 9))}
     for kind, (layers, x) in chains.items():
         old = copy.deepcopy(layers)
+        given = x.clone()
         got = attempt(func, layers, x)
+        assert torch.equal(x, given), f"{kind} chain: x was changed in place: leave it"
         y = x
         for i, (layer, before) in enumerate(zip(layers, old)):
             with torch.no_grad(): y = layer(y)
@@ -74,9 +77,14 @@ def check_calm_std(
     func,  # your calm_std(act) -> float
 ) -> None:
     "Check exercise 2. Raises: AssertionError with advice."
-    calm = {"relu": F.relu, "sin": torch.sin, "tanh": torch.tanh, "gelu": F.gelu}
+    calm = {"relu": F.relu, "sin": torch.sin, "tanh": torch.tanh, "gelu": F.gelu,
+            "relu + 0.1": lambda z: F.relu(z) + .1}             # calm at large σ only
     for name, act in calm.items():
-        got = attempt(func, act)
+        try: got = attempt(func, act)
+        except AssertionError as error:
+            if not isinstance(error.__cause__, ValueError): raise
+            raise AssertionError(f"{name}: a σ of the list is calm, yet a ValueError came: try "
+                                 "all of them, from the largest down") from error
         try: got = float(got)
         except (TypeError, ValueError, RuntimeError): got = math.nan
         assert got == got, f"{name}: return a number, one of 4.0, 3.9, …, 0.1"
@@ -117,6 +125,7 @@ class _Backwards(nn.Module):
 
 
 @checker
+@torch.random.fork_rng(devices=[])
 def check_first_dead(
     func,  # your first_dead(model, xb, share=1e-3) -> name, or ''
 ) -> None:
@@ -127,16 +136,25 @@ def check_first_dead(
     with torch.no_grad(): constant[2].weight.mul_(1e-4)
     cases = [("a healthy chain", chain(nn.Tanh()), "", "is any layer really dead?"),
              ("zeros between two layers", chain(_Times(0.)), "2",
-              "behind zeros a layer gives its bias to every input: look at from_inputs"),
+              "behind zeros a layer gives its bias to every input: look at the inputs' share"),
              ("inf between two layers", chain(_Times(math.inf)), "2",
               "mean and std are then not finite, and no comparison with NaN is true"),
              ("weights of 1e-4 beside ordinary biases", constant, "2",
-              "its std is fine, but it is the biases' std: look at from_inputs"),
+              "its std is fine, but it is the biases' std: look at the inputs' share"),
+             ("a Dropout(1.) between two layers", chain(nn.Dropout(1.)), "",
+              "in evaluation mode it lets everything pass: call model.eval() first"),
              ("layers written down backwards", _Backwards(), "early",
               "go by the order of running; and a std of 0 is dead")]
     for what, model, truth, hint in cases:
-        got = attempt(func, model.train(), torch.randn(50, 6))
-        assert model.training, f"{what}: the model was in training mode, and must be again"
+        model.train()
+        next(model.children()).eval()                    # a mode of its own
+        modes = [m.training for m in model.modules()]
+        got = attempt(func, model, torch.randn(50, 6))
+        assert [m.training for m in model.modules()] == modes, (
+            f"{what}: a mode has changed: note each module's mode and put it back, or use "
+            "exp.hooks.as_found")
+        assert not any(m._forward_hooks for m in model.modules()), (
+            f"{what}: a hook was left behind: use Hooks in a `with` block, or remove it")
         assert isinstance(got, str), (
             f"{what}: return the layer's name, or '' if all is well; got {got!r}")
         assert got == truth, f"{what}: the answer is {truth!r}, yours {got!r}: {hint}"
@@ -175,12 +193,13 @@ def check_centred(
     "Check exercise 5. Raises: AssertionError with advice."
     assert isinstance(answer, (set, frozenset, list, tuple)) and answer, (
         f"answer with a set of names out of {list(_SIX)}, got {answer!r}")
-    unknown = sorted(set(answer) - set(_SIX))
+    given = set(map(str, answer))
+    unknown = sorted(given - set(_SIX))
     assert not unknown, f"{unknown} is none of {list(_SIX)}"
     for name, act in _SIX.items():
         mean = gaussian_mean(act)
         factor = _chi(lambda z, act=act, mean=mean: act(z) - mean, 1.)**14
         fits = 1/20 < factor < 20
-        assert (name in answer) == fits, (
+        assert (name in given) == fits, (
             f"centred {name}: the gradient's rms changes by {'less' if fits else 'more'} than "
             "a factor of 20: compute χ with Var φ below the line")

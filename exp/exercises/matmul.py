@@ -14,18 +14,41 @@ from ..setup import attempt, checker
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #56548c26
 class _WithoutProducts(TorchFunctionMode):
-    "While active, every ready-made product complains."
+    "While active, every ready-made product complains, and calls are counted."
+    calls = 0
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
         name = getattr(func, "__name__", "").strip("_")
         if name in {"matmul", "rmatmul", "mm", "bmm", "mv", "dot", "inner", "einsum", "tensordot",
-                    "addmm", "baddbmm"}:
+                    "addmm", "baddbmm", "linalg_matmul", "linear", "numpy", "tolist"}:
             raise AssertionError(f"{name} is not allowed here: use *, sum, and axes of size 1")
         return func(*args, **(kwargs or {}))
 
-
+# %% ../../nbs/exercises/01_matmul_exercises.ipynb #7c02e9d4
 def _numbers(*shape, seed=0):
     "Random doubles, the same each time."
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _asked(func, *args):
+    "What an answer returns; what it is given are copies, which must not change."
+    given = [a.clone() if torch.is_tensor(a) else a for a in args]
+    got = attempt(func, *given)
+    same = all(torch.equal(g, a) for g, a in zip(given, args) if torch.is_tensor(a))
+    assert same, "an argument has changed: work on new tensors, not in place"
+    assert isinstance(got, torch.Tensor), f"return a tensor, not {type(got).__name__}"
+    return got
+
+
+def _no_loop(func, make):
+    "The number of calls of PyTorch must not grow with the sizes."
+    calls = []
+    for n in (2, 9):
+        with _WithoutProducts() as counter: attempt(func, *make(n))
+        calls.append(counter.calls)
+    assert calls[0] == calls[1], (f"{calls[0]} calls of PyTorch for sides of 2, {calls[1]} for "
+                                  "sides of 9: you loop over numbers, let broadcasting do it")
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #b64e97d0
 @checker
@@ -36,8 +59,12 @@ def check_broadcast_shapes(
     for shapes in [[(3, 4), (4,)], [(3, 1), (1, 4)], [(5,), (5, 1)], [(8, 1, 6, 1), (7, 1, 5)],
                    [()], [(), (2, 3)], [(2, 1), (3,), (4, 1, 1)], [(0, 4), (4,)], [(1,), (0,)],
                    [(1,), (1,)]]:
-        got, want = attempt(func, *shapes), tuple(torch.broadcast_shapes(*shapes))
-        named = " with ".join(map(str, shapes))
+        named, want = " with ".join(map(str, shapes)), tuple(torch.broadcast_shapes(*shapes))
+        try: got = attempt(func, *shapes)
+        except AssertionError as error:
+            if not isinstance(error.__cause__, ValueError): raise
+            raise AssertionError(f"{named} do fit, to {want}; you raised ValueError: "
+                                 "line the shapes up from the right") from error
         assert isinstance(got, tuple), f"return a tuple; for {named} you returned {got!r}"
         assert len(got) == len(want), f"{named}: {got} needs as many axes as the longest shape"
         assert got == want, (f"{named} gave {got}: line the shapes up from the right; "
@@ -61,13 +88,14 @@ def check_batch_matmul(
                      ((3, 3), (3, 3)), ((8, 1, 3, 4), (5, 4, 2)),
                      ((2, 3, 0), (2, 0, 4)), ((0, 3, 4), (4, 2))]:
         a, b = _numbers(*one, seed=1), _numbers(*two, seed=2)
-        with _WithoutProducts(): got = attempt(func, a, b)
+        with _WithoutProducts(): got = _asked(func, a, b)
         want = a @ b
-        assert isinstance(got, torch.Tensor), f"return a tensor, not {type(got).__name__}"
         assert got.shape == want.shape, (f"{one} times {two} should be {tuple(want.shape)}, yours "
                                          f"is {tuple(got.shape)}: which axis did you sum over?")
+        assert got.dtype == want.dtype, f"the dtype became {got.dtype}: keep that of a and b"
         assert torch.allclose(got, want), (f"{one} times {two}: right shape, wrong numbers; "
                                            "is k of `a` multiplied with k of `b`?")
+    _no_loop(func, lambda n: (_numbers(n, n, n), _numbers(n, n, n)))
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #d7cf2717
 @checker
@@ -87,12 +115,13 @@ def check_einsum2(
     for spec, hint in advice.items():
         one, two = spec.split("->")[0].split(",")
         a, b = _numbers(*[size[x] for x in one], seed=3), _numbers(*[size[x] for x in two], seed=4)
-        with _WithoutProducts(): got = attempt(func, spec, a, b)
+        with _WithoutProducts(): got = _asked(func, spec, a, b)
         want = torch.einsum(spec, a, b)
-        shape = tuple(getattr(got, "shape", "?"))
-        assert isinstance(got, torch.Tensor) and shape == want.shape, (
-            f"{spec} should have shape {tuple(want.shape)}, yours is {shape} ({hint})")
+        assert got.shape == want.shape, (
+            f"{spec} should have shape {tuple(want.shape)}, yours is {tuple(got.shape)} ({hint})")
+        assert got.dtype == want.dtype, f"the dtype became {got.dtype}: keep that of a and b"
         assert torch.allclose(got, want), f"{spec} has the right shape but wrong numbers ({hint})"
+    _no_loop(func, lambda n: ("ik,kj->ij", _numbers(n, n), _numbers(n, n)))
 
 # %% ../../nbs/exercises/01_matmul_exercises.ipynb #83035af9
 @checker
@@ -103,13 +132,15 @@ def check_matmul_blocked(
     for n, k, m, size in [(4, 4, 4, 2), (6, 9, 3, 3), (5, 7, 4, 3), (1, 10, 1, 4), (3, 2, 5, 100),
                           (2, 0, 3, 2)]:
         seen = []
-        def kernel(p, q, seen=seen): seen.append((*p.shape, q.shape[-1])); return p @ q
+        def kernel(p, q, seen=seen):
+            if p.numel() and q.numel(): seen.append((*p.shape, q.shape[-1]))   # empty ones are free
+            return p @ q
         a, b = _numbers(n, k, seed=5), _numbers(k, m, seed=6)
-        got = attempt(func, a, b, size, kernel)
+        got = _asked(func, a, b, size, kernel)
         here = f"({n}, {k}) times ({k}, {m}) in blocks of {size}"
-        shape, want = getattr(got, "shape", "?"), math.prod(math.ceil(x/size) for x in (n, k, m))
-        assert isinstance(got, torch.Tensor) and shape == (n, m), (
-            f"{here}: ({n}, {m}) is due, not {shape}")
+        shape, want = tuple(got.shape), math.prod(math.ceil(x/size) for x in (n, k, m))
+        assert shape == (n, m), f"{here}: ({n}, {m}) is due, not {shape}"
+        assert got.dtype == a.dtype, f"the dtype became {got.dtype}: begin with a.new_zeros(n, m)"
         large = [sizes for sizes in seen if max(sizes) > size]
         assert not large, f"{here}: the kernel got {large[0]}, none may exceed {size}: cut k, too"
         assert len(seen) == want, f"{here} takes {want} calls of the kernel, yours made {len(seen)}"
@@ -147,6 +178,7 @@ def check_predictions(
     for question, (want, hint) in truth.items():
         got = answer.get(question)
         assert got is not None, f"{question}: no prediction yet, write yours down first"
+        got = got.tolist() if hasattr(got, "tolist") else got    # arrays and tensors are welcome
         got = tuple(got) if isinstance(got, (list, tuple)) else got
         want = want if isinstance(want, int) else tuple(want)
         assert got == want, f"{question} is not {got}: {hint}"
@@ -159,11 +191,13 @@ def check_strassen(
     "Check exercise 6: right, with seven products. Raises: AssertionError with advice."
     for n in (2, 4, 10):
         seen = []
-        def kernel(p, q, seen=seen): seen.append((*p.shape, *q.shape)); return p @ q
+        def kernel(p, q, seen=seen):
+            seen.append((*p.shape, *q.shape))
+            return p @ q
         a, b = _numbers(n, n, seed=7), _numbers(n, n, seed=8)
-        got = attempt(func, a, b, kernel)
-        shape = getattr(got, "shape", "?")
-        assert isinstance(got, torch.Tensor) and shape == (n, n), f"({n}, {n}) is due, not {shape}"
+        got = _asked(func, a, b, kernel)
+        assert got.shape == (n, n), f"({n}, {n}) is due, not {tuple(got.shape)}"
+        assert got.dtype == a.dtype, f"the dtype became {got.dtype}: keep that of a and b"
         assert len(seen) == 7, f"seven calls of the kernel are the point; yours made {len(seen)}"
         assert set(seen) == {(n//2,)*4}, f"the kernel gets two ({n//2}, {n//2}) blocks, not {seen}"
         right = torch.isclose(got, a @ b).reshape(2, n//2, 2, n//2).all(3).all(1)

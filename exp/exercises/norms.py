@@ -34,15 +34,19 @@ def check_rms_norm(
         x = 3*torch.randn(shape, generator=g, dtype=torch.float64) + 2
         weight = torch.rand(shape[-1], generator=g, dtype=torch.float64) + .5
         for w in (weight, None):
-            for eps in (1e-6, .5):
+            for eps in (.5, 1e-6):
                 right = x/(x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
                 right = right if w is None else right*w
-                kept = x.clone()
+                kept = x.clone(), weight.clone()
                 given = "no weight" if w is None else "a weight"
-                _agrees(attempt(func, x, w, eps), right, f"rms_norm of {shape}, {given}, eps {eps}",
+                got = attempt(func, x, w, eps)
+                _agrees(got, right, f"rms_norm of {shape}, {given}, eps {eps}",
                         "average the squares over the last axis (keepdim), add eps inside the "
                         "root, subtract nothing")
-                assert torch.equal(x, kept), "x was changed in place: leave it as it was"
+                assert torch.equal(x, kept[0]), "x was changed in place: leave it as it was"
+                assert torch.equal(weight, kept[1]), "weight was changed in place: leave it"
+                _agrees(got, right, "rms_norm of float64",
+                        "only half precision goes through .float()", 1e-12)
     x = torch.full((2, 8), 300.).half()
     y = attempt(func, x, None, 1e-6)
     assert y.dtype == torch.float16, f"half precision gives {y.dtype}: return the dtype of x"
@@ -68,9 +72,12 @@ def check_layernorm_backward(
             inp, weight = x.clone().requires_grad_(), layer.weight.detach().clone()
             wanted = (inp, layer.weight, layer.bias)
             right = torch.autograd.grad((layer(inp)*grad).sum(), wanted)
-            with torch.no_grad(): got = attempt(func, grad.clone(), x.clone(), weight, eps)
+            given = grad.clone(), x.clone(), weight.clone()
+            with torch.inference_mode(): got = attempt(func, *given, eps)      # no autograd
             assert isinstance(got, (tuple, list)) and len(got) == 3, (
                 "return three gradients: of x, weight and bias")
+            assert all(map(torch.equal, given, (grad, x, weight))), (
+                "an argument was changed in place: leave grad, x and weight as they were")
             for name, mine, good in zip(advice, got, right):
                 case = f"for x of {shape} and eps {eps}, the gradient of {name}"
                 _agrees(mine, good, case, advice[name], 1e-9)
@@ -100,9 +107,10 @@ def check_neighbours(
                   InstanceNorm(6, track_running_stats=True).eval()}
     assert isinstance(answer, (set, frozenset, list, tuple)), (
         f"give a set of names such as {{'LayerNorm'}}, got {answer!r}")
-    unknown = sorted(set(answer) - set(layers))
+    given = set(map(str, answer))
+    unknown = sorted(given - set(layers))
     assert not unknown, f"{unknown} is not among {sorted(layers)}: copy the names as they stand"
-    wrong = sum((name in set(answer)) != _neighbours_matter(m) for name, m in layers.items())
+    wrong = sum((name in given) != _neighbours_matter(m) for name, m in layers.items())
     assert not wrong, (f"{wrong} of {len(layers)} are wrong: for each, ask over which axes it "
                        "averages now, or whether it uses averages of the past")
 

@@ -92,12 +92,31 @@ class AveragedByState(Callback):
         finally: learn.model.load_state_dict(kept)
 
 
-AVERAGE_RIGHT = [Averaged, AveragedByState]
+class AnotherModel(Callback):
+    "Validation runs a second model."
+    def __init__(self, decay): self.decay = decay
+    def before_fit(self, learn): self.average = copy.deepcopy(learn.model)
+    def update(self, a, p): a.lerp_(p, 1 - self.decay)
+    def after_step(self, learn):
+        for a, p in zip(self.average.parameters(), learn.model.parameters()): self.update(a.data, p.data)
+    def before_pass(self, learn):
+        if not learn.training: self.own, learn.model = learn.model, self.average.eval()
+    def after_pass(self, learn):
+        if not learn.training: learn.model = self.own
+
+
+def _runs_nothing(self, learn):
+    if not learn.training: raise CancelEpoch
+
+
+AVERAGE_RIGHT = [Averaged, AveragedByState, AnotherModel]
 AVERAGE_WRONG = [
     (_made(Averaged, restart=True), "start it once"), (_made(Averaged, event="before_step"), "after each step"),
     (_made(Averaged, event="", after_batch=lambda self, learn: self.update(learn)), "not each batch"), (_made(Averaged, zero=True), "weights before the first step"), (_made(Averaged, clone=False), "clone"),
     (_made(Averaged, before_pass=lambda self, learn: None, after_pass=lambda self, learn: None), "before_pass"),
-    (_made(Averaged, after_pass=lambda self, learn: None), "after_pass")]
+    (_made(Averaged, after_pass=lambda self, learn: None), "after_pass"), (_made(AnotherModel, after_step=lambda self, learn: None), "running average"),
+    (_made(AnotherModel, update=lambda self, a, p: a.lerp_(p, self.decay)), "share of the old average"),
+    (_made(Averaged, before_batch=_runs_nothing), "ran no model")]
 
 
 class Score(Metric):
@@ -140,6 +159,8 @@ F1_WRONG = [
     (_made(Score, guess=lambda self, pred: pred[:, self.c] > .5), "largest output"),
     (_made(Score, guess=lambda self, pred: pred[:, self.c].sigmoid() > .5), "largest output"),
     (_made(Score, reset=lambda self: vars(self).update({"t": 0, "p": 0, "n": 0} | {k: v for k, v in vars(self).items() if k != "c"})), "reset"),
+    (_made(Score, value=lambda self: self.t/(self.t + self.p) if self.t + self.p else 0.), "count missed ones"),
+    (_made(Score, value=lambda self: self.t/(self.t + self.n) if self.t + self.n else 0.), "count wrong guesses"),
     (NoPlainReset, "no attribute 'p'"), (_made(Score, value=lambda self: "high"), "return a number"),
     (_made(Score, value=lambda self: 2*self.t/(2*self.t + self.p + self.n)), "ZeroDivisionError")]
 LIST = ["after_pass", "after_epoch", "after_fit"]
@@ -175,6 +196,7 @@ WARM_WRONG = [
     (_made(Warm, order=15), "order"), (_made(Warm, length=lambda self, learn: sum(p.grad.norm().item() for p in learn.params())), "sum of squares"),
     (_made(Warm, length=_squared_in_place), "change no gradient"), (_made(Warm, length=lambda self, learn: "long"), "list of numbers"),
     (_made(Warm, length=lambda self, learn: nn.utils.clip_grad_norm_(learn.params(), .001)), "change no gradient"),
+    (_made(Warm, __init__=lambda self, n: vars(self).update(n=n, steps=0), before_fit=lambda self, learn: vars(self).update(norms=[])), "start anew"),
     (_made(Warm, before_step=lambda self, learn: (learn.batch + 1) % self.n or self.norms.append(self.length(learn))), "count steps")]
 WINDOWS_RIGHT = [[4, 4, 2], (4., 4., 2.), torch.tensor([4, 4, 2])]
 WINDOWS_WRONG = [([4, 4], "none of the ten"), ([2, 4, 4], "left at the end"), ("442", "list of numbers"), ([4.4, 4.2, 2.1], "10.7"), (["four"], "list of numbers")]
@@ -198,6 +220,7 @@ GOAL_WRONG = [
     (_made(Goal, reached=lambda self, learn: learn.history[-1][self.name] > self.goal), "after 12 epochs|after 6 epochs|after . epochs"),
     (_made(Goal, reached=lambda self, learn: learn.history[-1]["accuracy"] >= self.goal), "'epoch'"),
     (_made(Goal, reached=lambda self, learn: learn.history[0][self.name] >= self.goal), "last row"),
+    (_made(Goal, reached=lambda self, learn: learn.history[-1][self.name] == self.goal), "2.50"),
     (_made(Goal, reached=lambda self, learn: False), "CancelFit")]
 WALK_RIGHT = [2.125, torch.tensor(2.125), Fraction(17, 8)]
 WALK_WRONG = [(2, "always lags"), (1.25, "always lags"), (3, "always lags"), ("two", "number"), ([2.125], "number")]
@@ -230,6 +253,7 @@ class PatientForEver(Patient):
 PATIENT_RIGHT = [Patient, PatientNextMorning, _made(Patient, lower=lambda self, learn: learn.set_lr([g["lr"]*self.factor for g in learn.groups]))]
 PATIENT_WRONG = [
     (lambda factor, patience: Patient(.5, patience), "factor 0.1"), (lambda factor, patience: Patient(factor, 2), "patience 3"),
+    (_made(Patient, lower=lambda self, learn: setattr(learn, "lr", [g["lr"]*self.factor for g in learn.groups])), "base rate|relative to the first"),
     (PatientForEver, "every fit|epochs of patience"), (_made(Patient, better=lambda self, loss: loss <= self.best), "two epochs of patience"),
     (_made(Patient, lower=lambda self, learn: learn.groups[-1].update(lr=learn.groups[-1]["lr"]*self.factor)), "all groups")]
 
@@ -251,18 +275,26 @@ def mean_as_they_come(paths):
 MEAN_RIGHT = [mean, mean_as_they_come]
 MEAN_WRONG = [
     (lambda paths: mean(paths, ints=0), "whole numbers"), (lambda paths: mean(paths, divide=3), "not the mean"), (lambda paths: mean(paths, cast=True), "whole numbers"),
+    (lambda paths: {k: v if v.is_floating_point() else torch.stack([read_checkpoint(path)["model"][k] for path in paths]).max() for k, v in mean(paths).items()}, "whole numbers"),
+    (lambda paths: {k: v[None] if v.is_floating_point() else v for k, v in mean(paths).items()}, "of shape"),
     (lambda paths: {"model": mean(paths)}, "names"), (lambda paths: {k: v.double() for k, v in mean(paths).items()}, "it was"),
     (lambda paths: mean([*paths[:-1], paths.pop()]), "leave the list"), (lambda paths: {k: v.numpy() for k, v in mean(paths).items()}, "return tensors")]
 COUNTER_RIGHT, COUNTER_WRONG = [4, 4., torch.tensor(4)], [(12, "before_fit"), (8, "epochs are left"), (4.9, "4.9"), ("four", "a number")]
 
 
-def alike(drop=(), equal=torch.equal, only=None, seconds=("seconds",)):
+def alike(drop=(), equal=torch.equal, only=None, seconds=("seconds",), names=True, change=lambda content: content):
     def walk(a, b):
         if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and a.shape == b.shape and bool(equal(a, b))
+        if isinstance(a, dict) and not names and "0.bias" in a: return all(map(walk, a.values(), b.values()))
         if isinstance(a, dict): return set(a) - set(seconds) == set(b) - set(seconds) and all(walk(a[k], b[k]) for k in set(a) - set(seconds))
         if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(walk, a, b))
         return a == b
-    return lambda a, b: walk(*({k: v for k, v in read_checkpoint(x).items() if k not in drop and (only is None or k in only)} for x in (a, b)))
+    return lambda a, b: walk(*({k: v for k, v in change(read_checkpoint(x)).items() if k not in drop and (only is None or k in only)} for x in (a, b)))
+
+
+def _without_state(content):
+    for opt in content["opts"].values(): opt.pop("state")
+    return content
 
 
 ALIKE_RIGHT = [alike(), lambda a, b: np.bool_(alike()(a, b)), lambda a, b: torch.tensor(alike()(a, b))]
@@ -270,6 +302,7 @@ ALIKE_WRONG = [
     (lambda a, b: Path(a).read_bytes() == Path(b).read_bytes(), "but for their seconds"), (lambda a, b: True, "another seed"),
     (alike(equal=lambda a, b: torch.allclose(a.double(), b.double(), rtol=1e-5)), "'model'"), (alike(only=("model", "opts", "random")), "'base'"),
     (alike(drop=("base",)), "'base'"), (alike(drop=("epochs_done",)), "'epochs_done'"), (alike(drop=("callbacks",)), "'callbacks'"),
+    (alike(names=False), "a name"), (alike(change=_without_state), "the state"), (alike(change=lambda c: c | {"random": c["random"]["torch"]}), "Python's"),
     (alike(seconds=("seconds", "train_loss")), "'history'"), (lambda a, b: "yes", "True or False")]
 CUT_RIGHT = [{"old best.pt", "old last.pt"}, ["old last.pt", "old best.pt"]]
 CUT_WRONG = [({"old last.pt"}, "only when it is whole"), ({"old best.pt", "old last.pt", "new best.pt"}, "not yet there"), ({"new last.pt", "old best.pt"}, "meanwhile"), (3, "a set")]

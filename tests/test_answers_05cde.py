@@ -31,6 +31,10 @@ def pieces(up=linear, down=linear, first=1/25, last=0., check=room):
     return answer
 
 
+def room_in_fractions(a, b):
+    if 1 - a - b <= 0: raise ValueError("the fractions pct_start and pct_decay leave no room for a plateau")
+
+
 def by_ifs(k, a, b):
     room(a, b)
     return lambda p: k/25 + k*24/25*p/a if p < a else k if p < 1 - b else k*(1 - (p - (1 - b))/b)
@@ -42,6 +46,20 @@ def by_interp(k, a, b):
 
 
 def scaled(schedule, factor): return lambda p: factor*schedule(p)
+
+
+def calls_itself(s, n, d):
+    out = [s]
+    for _ in range(n - 1): out.insert(0, lambda p: d*out[0](p))
+    return out
+
+
+def calls_itself_too(s, n, d):
+    out = [s]
+    for _ in range(n - 1):
+        s = lambda p: d*s(p)
+        out.insert(0, s)
+    return out
 
 
 def each(factor): return lambda s, n, d: [scaled(s, factor(d, n, i)) for i in range(n)]
@@ -68,6 +86,11 @@ WINNERS = {100: "restarts", 300: "restarts", 500: "cosine", 700: "cosine"}
 # --- 05d -------------------------------------------------------------------------------------------------------------------
 
 def pool(x, size, stride=None): return windows(x, size, size if stride is None else stride).amax((-2, -1))
+
+
+def pool_square_stride(x, size, stride=None):
+    if stride is None: stride = (size, size)
+    return windows(x, size, stride).amax((-2, -1))
 
 
 def pool_columns(x, size, stride=None):
@@ -178,6 +201,23 @@ class Flow(Callback):
         if self.steps: self.rms = torch.stack(self.steps, 1)
 
 
+class FlowOfLastEpoch(Flow):
+    def before_epoch(self, learn): self.steps = []
+
+
+class FlowOfFirstEpoch(Flow):
+    def after_epoch(self, learn): self.hooks.remove()
+    def after_backward(self, learn):
+        if learn.epoch == 0: super().after_backward(learn)
+
+
+class FlowAroundForward(Callback):
+    def before_fit(self, learn): self.names, self.found = [n for n, _ in learn.model.named_children()], {n: [] for n, _ in learn.model.named_children()}
+    def around_forward(self, learn): return Hooks(learn.model, self.note, backward=True) if learn.training else None
+    def note(self, hook, module, grad): self.found[hook.name].append(grad.square().mean().sqrt())
+    def after_fit(self, learn): self.rms = torch.tensor([self.found[n] for n in self.names])
+
+
 class FlowRetained(Callback):
     def before_fit(self, learn):
         self.outs, self.columns, self.names = {}, [], [name for name, _ in learn.model.named_children()]
@@ -197,6 +237,11 @@ def memory(model, xb, keep=lambda out: out, layers=find_layers):
     outs = []
     with Hooks(layers(model), lambda hook, m, i, out: outs.append(keep(out))): model(xb)
     return sum({out.untyped_storage().data_ptr(): out.untyped_storage().nbytes() for out in outs}.values())
+
+
+def memory_of_last_outputs(model, xb):
+    with Hooks(find_layers(model), lambda hook, m, i, out: setattr(hook, "out", out)) as hooks: model(xb)
+    return sum({s.data_ptr(): s.nbytes() for s in (hook.out.untyped_storage() for hook in hooks)}.values())
 
 
 def memory_freed(model, xb):
@@ -235,6 +280,10 @@ class RatioWithoutSkipped(Ratio):
         if learn.stepped: super().after_step(learn)
 
 
+class RatioWithoutClone(Ratio):
+    def before_step(self, learn): self.old = self.weights(learn)
+
+
 class RatioOfEpoch(Ratio):
     def before_epoch(self, learn): self.columns = []
 
@@ -248,7 +297,7 @@ COUNTS = dict(flops=147456, dead=.25, silenced=8, calls=8, rows=8)
 @pytest.mark.parametrize("check, answer", [
     (S.check_inverse_sqrt, lambda k, s: combine([s, 1 - s], [linear(0, k), fall(k, s)])), (S.check_inverse_sqrt, lambda k, s: lambda p: k*p/s if p < s else k*(s/p)**.5),
     (S.check_inverse_sqrt, lambda k, s: lambda p: k*p/s if p < s else k*torch.tensor(s/p).sqrt()),
-    (S.check_warm_stable_decay, pieces()), (S.check_warm_stable_decay, by_ifs), (S.check_warm_stable_decay, by_interp),
+    (S.check_warm_stable_decay, pieces()), (S.check_warm_stable_decay, pieces(check=room_in_fractions)), (S.check_warm_stable_decay, by_ifs), (S.check_warm_stable_decay, by_interp),
     (S.check_layerwise, recursive), (S.check_layerwise, each(lambda d, n, i: math.exp((n - 1 - i)*math.log(d)))),
     (S.check_greedy_rates, greedy), (S.check_greedy_rates, lambda n, s: np.array(greedy(n, s))), (S.check_greedy_rates, lambda n, s: torch.tensor([1/(1/s**2 + t + 1) for t in range(n)])),
     (S.check_predictions, NUMBERS), (S.check_predictions, {k: torch.tensor(v) for k, v in NUMBERS.items()}),
@@ -277,14 +326,19 @@ def test_right_answers_pass(check, answer, capsys):
     (S.check_layerwise, lambda s, n, d: [lambda p: s(p)*d**(n - 1 - i) for i in range(n)], "loop"), (S.check_layerwise, each(lambda d, n, i: d**i), "position 0"),
     (S.check_layerwise, each(lambda d, n, i: 1 - d*(n - 1 - i)), "position 0"), (S.check_layerwise, lambda s, n, d: [s(0)*d**(n - 1 - i) for i in range(n)], "not a number"),
     (S.check_layerwise, each(lambda d, n, i: .5**(n - 1 - i)), "in a fit"),
+    (S.check_layerwise, calls_itself, "without end"), (S.check_layerwise, calls_itself_too, "without end"),
+    (S.check_layerwise, lambda s, n, d: [linear(s(0)*d**(n - 1 - i), s(1)*d**(n - 1 - i)) for i in range(n)], "position 0.25"),
+    (S.check_layerwise, lambda s, n, d: [linear(s(0)*d**(n - 1 - i), 0) for i in range(n)], "position 0.25"),
     (S.check_greedy_rates, lambda n, s: [1/(1/s + t + 1) for t in range(n)], "derivative"), (S.check_greedy_rates, lambda n, s: [1/(t + 1) for t in range(n)], "derivative"),
     (S.check_greedy_rates, lambda n, s: [.1]*n, "derivative"), (S.check_greedy_rates, lambda n, s: greedy(n + 1, s), "one a step"), (S.check_greedy_rates, lambda n, s: [None]*n, "return a list"),
     (S.check_predictions, NUMBERS | dict(last=1), "behind"), (S.check_predictions, NUMBERS | dict(restart=2/3), "1, 3 and 9"), (S.check_predictions, NUMBERS | dict(floor=2), "σ²"), (S.check_predictions, NUMBERS | dict(effective=1.1), "1-μ"),
     (S.check_anytime, dict.fromkeys(WINNERS, "restarts"), "step 500"), (S.check_anytime, dict.fromkeys(WINNERS, "cosine"), "step 100"), (S.check_anytime, WINNERS | {700: "restarts"}, "step 700"), (S.check_anytime, WINNERS | {100: ["restarts"]}, "answer 'cosine'"),
     (D.check_max_pool2d, lambda x, size, stride=None: pool(x, size, stride or 1), "default stride"), (D.check_max_pool2d, lambda x, size, stride=None: windows(x, size, stride or size).amax((2, 3)), "axes"),
+    (D.check_max_pool2d, pool_square_stride, "raised"), (D.check_max_pool2d, lambda x, size, stride=None: pool(x, size, stride or first(size)), "default stride"),
     (D.check_max_pool2d, lambda x, size, stride=None: pool(x.detach(), size, stride), "detached"), (D.check_max_pool2d, pool_mean_forward_max, "largest pixel"), (D.check_max_pool2d, pool_in_place, "changed"),
     (D.check_max_pool2d, lambda x, size, stride=None: pool(x, size, stride).tolist(), "return a tensor"),
     (D.check_conv_transpose2d, lambda x, w, stride=1, padding=0: paint(x, w.flip(2, 3), stride, padding), "unflipped"), (D.check_conv_transpose2d, partial(paint, add=False), "paint"),
+    (D.check_conv_transpose2d, lambda x, w, stride=1, padding=0: paint(x, w, stride, padding).float(), "float32"),
     (D.check_conv_transpose2d, partial(paint, cut=False), "2p rows"), (D.check_conv_transpose2d, lambda x, w, stride=1, padding=0: paint(x[:, :1], w[:1], stride, padding), "channels"),
     (D.check_receptive_field, partial(field, dilation=False), "dilated"), (D.check_receptive_field, partial(field, pools=False), "max pool"), (D.check_receptive_field, partial(field, nested=False), "nested"),
     (D.check_receptive_field, partial(field, below=False), "below"), (D.check_receptive_field, lambda model: field(model)[0], "pair"),
@@ -295,10 +349,11 @@ def test_right_answers_pass(check, answer, capsys):
     (H.check_outputs_of, lambda m, x: outputs(m, x, layers=lambda m: m), "keys"), (H.check_outputs_of, partial(outputs_by_hand, safe=False), "failed"),
     (H.check_outputs_of, outputs_in_eval, "mode"), (H.check_outputs_of, outputs_by_definition, "order"), (H.check_outputs_of, lambda m, x: outputs(m, x, lambda out: out.tolist()), "a tensor"),
     (H.check_GradientFlow, other(Flow, turn=-1), "upside down"), (H.check_GradientFlow, other(Flow, leave=True), "remove"), (H.check_GradientFlow, other(Flow, stat=staticmethod(torch.norm)), "mean"), (H.check_GradientFlow, FlowOfWeights, "output"),
-    (H.check_activation_bytes, memory_freed, "freed"), (H.check_activation_bytes, memory_of_each, "once"), (H.check_activation_bytes, partial(memory_of_each, size=4), "double"),
+    (H.check_GradientFlow, FlowOfLastEpoch, "all epochs"), (H.check_GradientFlow, FlowOfFirstEpoch, "all epochs"), (H.check_GradientFlow, FlowAroundForward, "around_forward"),
+    (H.check_activation_bytes, memory_of_last_outputs, "twice"), (H.check_activation_bytes, memory_freed, "freed"), (H.check_activation_bytes, memory_of_each, "once"), (H.check_activation_bytes, partial(memory_of_each, size=4), "double"),
     (H.check_activation_bytes, lambda m, x: memory(m, x, layers=lambda m: m), "blocks"), (H.check_activation_bytes, lambda m, x: [1], "one number"),
     (H.check_predictions, COUNTS | dict(flops=73728), "2 ×"), (H.check_predictions, COUNTS | dict(silenced=4), "groups"), (H.check_predictions, COUNTS | dict(rows=9), "150"), (H.check_predictions, COUNTS | dict(calls=4), "twice"),
     (H.check_UpdateRatio, other(Ratio, pick=staticmethod(lambda n, p: n.endswith("weight"))), "norms"), (H.check_UpdateRatio, other(Ratio, pick=staticmethod(lambda n, p: True)), "biases"),
-    (H.check_UpdateRatio, other(Ratio, old_first=False), "before it"), (H.check_UpdateRatio, other(Ratio, stat=staticmethod(torch.norm)), "std"), (H.check_UpdateRatio, RatioWithoutSkipped, "eight steps"), (H.check_UpdateRatio, RatioOfEpoch, "eight steps")])
+    (H.check_UpdateRatio, other(Ratio, old_first=False), "before it"), (H.check_UpdateRatio, other(Ratio, stat=staticmethod(torch.norm)), "std"), (H.check_UpdateRatio, RatioWithoutClone, "clone"), (H.check_UpdateRatio, RatioWithoutSkipped, "eight steps"), (H.check_UpdateRatio, RatioOfEpoch, "eight steps")])
 def test_wrong_answers_are_told_why(check, answer, word):
     with pytest.raises(AssertionError, match=word): check(answer)

@@ -839,6 +839,20 @@ class WeightedForEver(Weighted):
         while True: yield from self.draw()
 
 
+class WeightedByPool(Weighted):                                           # needs whole weights
+    def draw(self):
+        pool = [i for i, weight in enumerate(self.weights) for _ in range(int(weight))]
+        return [pool[k] for k in torch.randint(len(pool), (self.n,), generator=self.generator)]
+
+
+class WeightedSorted(Weighted):
+    def draw(self): return sorted(super().draw())
+
+
+class WeightedNeedsAGenerator(Weighted):
+    def draw(self): return self.generator.initial_seed() and super().draw()
+
+
 def pad(items, kind="right"):
     sequences, labels = zip(*items)
     lengths = [len(s) for s in sequences]
@@ -855,6 +869,7 @@ def pad(items, kind="right"):
 def pad_sequence(items):
     sequences, labels = zip(*items)
     return [torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True), torch.tensor([*map(len, sequences)]), torch.tensor(labels)]
+def pad_three(items): (_, _), (_, _), (_, _) = items; return pad(items)
 def pad_sorts(items): items.sort(key=lambda item: -len(item[0])); return pad(items)
 def pad_resizes(items):
     answer = pad(items)
@@ -890,21 +905,34 @@ class SimilarBlurred(Similar):
         return [pieces[k] for k in torch.randperm(len(pieces), generator=self.generator)]
 
 
+class SimilarNoDefault(Similar):
+    def __init__(self, lengths, bs, generator): super().__init__(lengths, bs, generator)
+
+
+class SimilarNeedsAGenerator(Similar):
+    def make(self): return self.generator.initial_seed() and super().make()
+
+
+class SimilarFraction(Similar):
+    def __len__(self): return len(self.lengths)/self.bs
+
+
 def kind(base, name): return type(name, (base,), {"kind": name})
 
 
 LOADING = {"batches": 16, "left_out": 40, "alone": 9.125, "three": 3.125, "shared": 8}
 ANSWERS = {   # right ones, in several words; wrong ones, each with a word of the advice it gets
     "weighted_sampler": ([Weighted, WeightedByDarts, WeightedOneByOne, lambda w, n, g=None: data.WeightedRandomSampler(w, n, generator=g)], {
-        WeightedForEver: "4001", **{kind(Weighted, name): word for name, word in {
+        WeightedForEver: "4001", WeightedByPool: "index 0", WeightedSorted: "come sorted", WeightedNeedsAGenerator: "initial_seed", **{kind(Weighted, name): word for name, word in {
             "in place": "in place", "once": "second walk", "early": "both epochs", "its weights": "its length", "uniform": "weight 0", "inverse": "weight 0", "short": "4 indices",
             "global": "`generator`", "tensors": "Python ints", "off by one": "only 4 weights", "crash": "AttributeError"}.items()}}),
     "pad_collate": ([pad, pad_sequence], {
-        pad_sorts: "list of items was changed", pad_resizes: "has changed", **{partial(pad, kind=name): word for name, word in {
+        pad_three: "ValueError", pad_sorts: "list of items was changed", pad_resizes: "has changed", **{partial(pad, kind=name): word for name, word in {
             "ten": "no longer", "in front": "behind", "floats": "int64", "counts": "zero may belong", "longest": "true lengths", "pair": "three things", "list": "int64"}.items()}}),
-    "similar_lengths": ([Similar, kind(Similar, "backwards"), SimilarBlurred], {kind(Similar, name): word for name, word in {
+    "similar_lengths": ([Similar, kind(Similar, "backwards"), SimilarBlurred], {
+        SimilarNoDefault: "generator", SimilarNeedsAGenerator: "initial_seed", SimilarFraction: "TypeError", **{kind(Similar, name): word for name, word in {
         "in place": "in place", "once": "exactly once", "early": "draw inside", "drops": "7 batches", "by chance": "sort by length", "inside": "shuffle the batches",
-        "lengths": "exactly once", "sorted": "draw inside", "global": "`generator`"}.items()}),
+        "lengths": "exactly once", "sorted": "draw inside", "global": "`generator`"}.items()}}),
 }
 
 

@@ -686,11 +686,12 @@ def test_calm_std_judges_behaviour(capsys):
     refuses(E7.check_calm_std, upwards, "try all of them")
 
 
-def first_dead(model, xb, share=1e-3, nan=True, std=True, inputs=True, order=True, last=False, fixed=False, evaluate=True):
+def first_dead(model, xb, share=1e-3, nan=True, std=True, inputs=True, order=True, last=False, fixed=False, evaluate=True, lost=None, power=1, inside=True):
     dead, layers = [], find_layers(model, nn.Linear)
+    if not inside: layers = {name: layer for name, layer in layers.items() if "." not in name}
     def look(hook, module, inp, out):
         part = out.var(0, correction=0).mean()/out.var(correction=0)
-        bad = nan and not math.isfinite(out.mean()) or std and out.std() == 0 or inputs and part < (1e-3 if fixed else share)
+        bad = nan and (lost(out).any() if lost else not math.isfinite(out.mean())) or std and out.std() == 0 or inputs and part**power < (1e-3 if fixed else share)
         if bad: dead.append(hook.name)
     with torch.no_grad(), as_found(model), Hooks(layers, look): (model.eval() if evaluate else model)(xb)
     if not order: dead = [name for name in layers if name in dead]
@@ -710,7 +711,8 @@ def test_first_dead_judges_behaviour(capsys):
     for answer in (first_dead, by_torchs_hooks): E7.check_first_dead(answer)
     assert capsys.readouterr().out.count("✓") == 2
     for options, word in ((dict(nan=False), "not finite"), (dict(std=False), "std of 0"), (dict(inputs=False), "inputs"), (dict(order=False), "order of running"), (dict(last=True), "the answer is"),
-                          (dict(fixed=True), "use the argument"), (dict(evaluate=False), "evaluation mode")): refuses(E7.check_first_dead, lambda m, x, share=1e-3: first_dead(m, x, share, **options), word)
+                          (dict(fixed=True), "use the argument"), (dict(evaluate=False), "evaluation mode"), (dict(lost=torch.isnan), "bias of inf"), (dict(lost=torch.isinf), "bias of NaN"),
+                          (dict(inside=False), "any depth"), (dict(power=.5), "not stds")): refuses(E7.check_first_dead, lambda m, x, share=1e-3: first_dead(m, x, share, **options), word)
     def trains(m, x, share=1e-3): name = first_dead(m, x, share); m.train(); return name
     refuses(E7.check_first_dead, trains, "mode has changed")
     refuses(E7.check_first_dead, lambda m, x, share=1e-3: first_dead(m, x, share) or None, "returned None")

@@ -220,6 +220,13 @@ def by_assert(*shapes):
     except ValueError: raise AssertionError("no") from None
 
 
+def by_neighbours(*shapes):
+    n = max(map(len, shapes))
+    axes = list(zip(*[(1,)*(n - len(s)) + s for s in shapes]))
+    if any(x != y and 1 not in (x, y) for axis in axes for x, y in zip(axis, axis[1:])): raise ValueError("no")
+    return tuple(next((x for x in axis if x != 1), 1) for axis in axes)
+
+
 def row_by_row(a, b): return torch.stack([(a[..., i, :, None]*b).sum(-2) for i in range(a.shape[-2])], -2)
 def by_lists(a, b): return a.new_tensor([[sum(p*q for p, q in zip(r, c)) for c in b.mT.tolist()] for r in a.tolist()])
 
@@ -236,6 +243,21 @@ def by_letters(spec, a, b, order=True):
     for i in reversed(range(len(letters))): full = full if letters[i] in out else full.sum(i)
     left = [k for k in letters if k in out]
     return full.permute([left.index(k) for k in out]) if order else full
+
+
+def turned(spec, a, b, entry=False, exit=False):
+    "By the alphabet, with a permutation the wrong way round at the entry or at the exit."
+    inputs, out = spec.split("->")
+    p, q = inputs.split(",")
+    letters = sorted(set(p + q))
+    order = lambda old, new, wrong: [new.index(k) for k in old] if wrong else [old.index(k) for k in new]
+    def up(names, x):
+        x = x.permute(order(list(names), sorted(names), entry))
+        there = dict(zip(sorted(names), x.shape))
+        return x.reshape([there.get(k, 1) for k in letters])
+    full = up(p, a)*up(q, b)
+    for i in reversed(range(len(letters))): full = full if letters[i] in out else full.sum(i)
+    return full.permute(order([k for k in letters if k in out], list(out), exit))
 
 
 def sum_over_nothing(spec, a, b):
@@ -298,7 +320,7 @@ PREDICTED = {
     ("broadcast_shapes", pairwise), ("broadcast_shapes", lambda *shapes: np.broadcast_shapes(*shapes)),
     ("batch_matmul", lambda a, b: (a.unsqueeze(-1)*b.unsqueeze(-3)).sum(-2)),
     ("batch_matmul", lambda a, b: (a[..., :, None, :]*b.transpose(-1, -2)[..., None, :, :]).sum(-1)),
-    ("einsum2", by_letters), ("einsum2", lambda spec, a, b: by_letters(spec.split("->")[0][::-1] + "->" + spec.split("->")[1], b.permute(*range(b.ndim)[::-1]), a.permute(*range(a.ndim)[::-1]))),
+    ("einsum2", by_letters), ("einsum2", turned), ("einsum2", lambda spec, a, b: by_letters(spec.split("->")[0][::-1] + "->" + spec.split("->")[1], b.permute(*range(b.ndim)[::-1]), a.permute(*range(a.ndim)[::-1]))),
     ("matmul_blocked", blocks), ("matmul_blocked", split_blocks),
     ("predictions", PREDICTED), ("predictions", {k: list(v) if isinstance(v, tuple) else float(v) for k, v in PREDICTED.items()}),
     ("predictions", {k: np.array(v) for k, v in PREDICTED.items()}), ("predictions", {k: torch.tensor(v) for k, v in PREDICTED.items()}),
@@ -317,7 +339,11 @@ def test_checkers_accept_every_right_answer(checker, answer, capsys):
     ("broadcast_shapes", zeros_stretched, "even 0"),
     ("broadcast_shapes", lambda *shapes: list(shapes[0]), "tuple"),
     ("broadcast_shapes", lambda *shapes: tuple(max(axis) for axis in itertools.zip_longest(*[s[::-1] for s in shapes], fillvalue=1))[::-1], "even 0"),
+    ("broadcast_shapes", by_neighbours, "no 1 to stretch"),
     ("batch_matmul", lambda a, b: a @ b, "not allowed"),
+    ("batch_matmul", lambda a, b: torch.from_numpy(np.asarray(a) @ np.asarray(b)), "not allowed"),
+    ("batch_matmul", lambda a, b: torch.tensor(np.matmul(a, b)), "not allowed"),
+    ("batch_matmul", lambda a, b: torch.linalg.vecdot(a[..., :, None, :], b.mT[..., None, :, :]), "not allowed"),
     ("batch_matmul", torch.bmm, "not allowed"),
     ("batch_matmul", torch.linalg.matmul, "not allowed"),
     ("batch_matmul", lambda a, b: torch.from_numpy(a.numpy() @ b.numpy()), "not allowed"),
@@ -332,6 +358,9 @@ def test_checkers_accept_every_right_answer(checker, answer, capsys):
     ("einsum2", lambda spec, a, b: a[..., None]*b, "shape"),
     ("einsum2", lambda spec, a, b: a.new_zeros(3, 4), "the matrix product"),
     ("einsum2", functools.partial(by_letters, order=False), "order on the right"),
+    ("einsum2", functools.partial(turned, entry=True), "new order"),
+    ("einsum2", functools.partial(turned, exit=True), "new order"),
+    ("einsum2", lambda spec, a, b: torch.as_tensor(np.einsum(spec, a, b)), "not allowed"),
     ("einsum2", sum_over_nothing, "nothing is summed"),
     ("einsum2", space["einsum_loops"], "you loop over numbers"),
     ("einsum2", lambda spec, a, b: 1, "return a tensor"),

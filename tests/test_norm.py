@@ -377,17 +377,23 @@ def test_fold_batchnorm_judges_behaviour(capsys):
         new = fold(conv, norm); conv.weight.data.copy_(new.weight.data); return new
     def undilated(conv, norm):
         new = fold(conv, norm); new.dilation = (1, 1); return new
+    def square(conv, norm, name):
+        "One number where the convolution has two."
+        like = copy.copy(conv); setattr(like, name, getattr(conv, name)[0])
+        return fold(like, norm)
     for name in ("eps", "old", "affine", "root", "by_scale"): refuses(E6.check_fold_batchnorm, lambda c, n: fold(c, n, **{name: False}), "scale each filter")
     for word, answer in {"were changed": in_place, "copy stride": undilated, "return one nn.Conv2d": nn.Sequential, "keep torch.float64": lambda c, n: fold(c, n).float(),
                          "build a new one": lambda c, n: c, "training mode": lambda c, n: fold(c, n.train())}.items(): refuses(E6.check_fold_batchnorm, answer, word)
+    for name, word in (("stride", "copy stride"), ("dilation", "copy stride"), ("kernel_size", "size of tensor")):
+        refuses(E6.check_fold_batchnorm, lambda c, n: square(c, n, name), word)
 
 
 NORMS = BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 
 
 @torch.no_grad()
-def recalibrate(model, batches, kinds=NORMS, reset=True, none=True, all_train=False, modes_back=True, momentum_back=True):
-    norms, modes = [m for m in model.modules() if isinstance(m, kinds)], [(m, m.training) for m in model.modules()]
+def recalibrate(model, batches, kinds=NORMS, reset=True, none=True, all_train=False, modes_back=True, momentum_back=True, inside=True):
+    norms, modes = [m for m in (model.modules() if inside else model.children()) if isinstance(m, kinds)], [(m, m.training) for m in model.modules()]
     momenta = [n.momentum for n in norms]
     model.train(all_train)
     for n in norms:
@@ -418,6 +424,7 @@ def test_recalibrate_judges_behaviour(capsys):
     for answer in (recalibrate, by_hand): E6.check_recalibrate_(answer)
     assert capsys.readouterr().out.count("✓") == 2
     wrong = {"first running_mean": dict(reset=False), "running_mean is": dict(none=False), "only them": dict(all_train=True), "BatchNorm1d of vectors": dict(kinds=(BatchNorm, nn.BatchNorm2d)),
+             "BatchNorm3d of volumes": dict(kinds=(BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d)), "inside blocks": dict(inside=False),
              "modes have changed": dict(modes_back=False), "put each momentum back": dict(momentum_back=False)}
     for word, options in wrong.items(): refuses(E6.check_recalibrate_, lambda m, b: recalibrate(m, b, **options), word)
     refuses(E6.check_recalibrate_, lambda m, b: recalibrate(m, [torch.cat(b)]), "instead of")
@@ -455,6 +462,8 @@ def test_rms_norm_judges_behaviour(capsys):
              "weight was changed": spoils, "only half precision": lambda x, w, eps: rms(x.float(), w if w is None else w.float(), eps).to(x.dtype),
              "dtype of x": lambda x, w, eps: rms(x.float() if x.dtype == torch.half else x, w, eps), "return a tensor": lambda x, w, eps: rms(x, w, eps).tolist()}
     for word, answer in wrong.items(): refuses(E6a.check_rms_norm, answer, word)
+    refuses(E6a.check_rms_norm, lambda x, w, eps: careful(x, None if x.dtype == torch.half else w, eps), "multiply by the weight there")
+    refuses(E6a.check_rms_norm, lambda x, w, eps: careful(x, w, eps)[0] if x.dtype == torch.half else rms(x, w, eps), "the shape of x")
 
 
 def layernorm_back(grad, x, weight, eps, mean=True, along=True, gamma=True, axes=None, weighted=False):

@@ -490,6 +490,7 @@ def test_fit_with_workers_gives_the_same_weights():
 def top_k(x, t, k): return (x.argsort(1, descending=True)[:, :k] == t[:, None]).sum(1).float().mean()
 def top_k_rank(x, t, k): return ((x > x.gather(1, t[:, None])).sum(1) < k).float().mean()
 def top_k_loop(x, t, k): return torch.tensor(sum(int(c in row.topk(k).indices) for row, c in zip(x, t))/len(t))
+def top_k_missed(x, t, k): return 1 - (x.topk(k).indices != t[:, None]).all(1).float().mean()
 def top_k_first(x, t, k): return (x.argmax(1) == t).float().mean()
 def top_k_kth(x, t, k): return (x.topk(k).indices[:, -1] == t).float().mean()
 def top_k_broadcast(x, t, k): return (x.topk(k).indices == t).any(1).float().mean()
@@ -533,6 +534,27 @@ class MomentumOwn(torch.optim.Optimizer):
                 if p.grad is not None:
                     self.v[p] = group["momentum"]*self.v.get(p, 0) + p.grad
                     p.data.sub_(self.v[p], alpha=group["lr"])
+class MomentumStops(Momentum):                                            # `break` for `continue`
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None: break
+                v = self.state[p]["v"] = group["momentum"]*self.state[p].get("v", 0) + p.grad
+                p -= group["lr"]*v
+
+
+class MomentumIsTheGrad(Momentum):
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None: continue
+                if "v" in self.state[p]: self.state[p]["v"].mul_(group["momentum"]).add_(p.grad)
+                else: self.state[p]["v"] = p.grad
+                p -= group["lr"]*self.state[p]["v"]
+
+
 def momentum(kind): return type(kind, (Momentum,), {"kind": kind})
 
 
@@ -573,6 +595,43 @@ def pile_by_autograd_grad(model, loss_func, pieces):
     return total
 
 
+def pile_averaged(model, loss_func, pieces):                               # its mean comes in float64
+    model.zero_grad()
+    sizes, losses = [len(y) for _, y in pieces], []
+    for x, y in pieces:
+        loss = loss_func(model(x), y)
+        (loss*len(y)/sum(sizes)).backward()
+        losses.append(loss.item())
+    return torch.tensor(np.average(losses, weights=sizes))
+
+
+def pile_preds_first(model, loss_func, pieces):
+    model.zero_grad()
+    preds, n, total = [model(x) for x, _ in pieces], sum(len(y) for _, y in pieces), 0.
+    for pred, (_, y) in zip(preds, pieces):
+        loss = loss_func(pred, y)*len(y)/n
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def pile_one_ahead(model, loss_func, pieces):                              # the next forward before the last backward
+    model.zero_grad()
+    n, total, last = sum(len(y) for _, y in pieces), 0., None
+    for x, y in pieces:
+        pred = model(x)
+        if last is not None: last.backward()
+        last = loss_func(pred, y)*len(y)/n
+        total += last.detach()
+    last.backward()
+    return total
+
+
+def pile_zeroes(model, loss_func, pieces):                                 # crashes before a first step
+    for p in model.parameters(): p.grad.zero_()
+    return pile(model, loss_func, pieces, "old gradients")
+
+
 def pile_joint(model, loss_func, pieces):
     model.zero_grad()
     loss = loss_func(model(torch.cat([x for x, _ in pieces])), torch.cat([y for _, y in pieces]))
@@ -583,14 +642,15 @@ def pile_joint(model, loss_func, pieces):
 TOPS = {"float16": 11, "bfloat16": 88, "float32": 88}
 LOSSES = [2.30, 2.30, 6.91, .29, 100.]
 ANSWERS = {   # right ones, in several words; wrong ones, each with a word of the advice it gets
-    "top_k_accuracy": ([top_k, top_k_rank, top_k_loop], {
+    "top_k_accuracy": ([top_k, top_k_rank, top_k_loop, top_k_missed], {
         top_k_first: "k=10", top_k_kth: "k=10", top_k_broadcast: "k=1 ", top_k_per_guess: "k=10", top_k_smallest: "k=1 ", top_k_in_place: "in place",
         lambda x, t, k: top_k(x, t, k).item(): "tensor of shape", lambda x, t, k: top_k(x, t, k).double(): "float64"}),
     "momentum": ([torch.optim.SGD, Momentum, MomentumOwn], {
         **{momentum(kind): "read from the group" for kind in ("fixed", "damped", "folded", "nesterov")}, momentum("first group"): "of its own",
-        momentum("fades"): "grad is None", momentum("forgets"): "plain SGD", momentum("not in the group"): "beside lr", MomentumOnTheTape: "in-place operation"}),
-    "accumulate": ([pile, pile_divided_at_the_end, pile_by_autograd_grad], {
-        pile_joint: "40 items were alive", **{partial(pile, kind=kind): word for kind, word in {
+        momentum("fades"): "grad is None", momentum("forgets"): "plain SGD", momentum("not in the group"): "beside lr", MomentumOnTheTape: "in-place operation",
+        MomentumStops: "grad is None", MomentumIsTheGrad: "tensor of its own"}),
+    "accumulate": ([pile, pile_divided_at_the_end, pile_by_autograd_grad, pile_averaged], {
+        pile_joint: "40 items were alive", pile_preds_first: "40 items were alive", pile_one_ahead: "items were alive", pile_zeroes: "zero_", **{partial(pile, kind=kind): word for kind, word in {
             "one graph": "40 items were alive", "old gradients": "old gradients", "sum": "weight it", "mean of means": "16, 16, 7 and 1", "on the tape": "detached",
             "number": "detached", "steps": "do not step", "last loss": "mean loss over all", "silent": "returned None"}.items()}}),
 }

@@ -84,11 +84,16 @@ def check_derivative(
         "x*x + 3*x": (lambda x: x*x + 3*x, lambda x: 2*x + 3),
         "2 - x": (lambda x: 2 - x, lambda x: -1.),
         "x - 2": (lambda x: x - 2, lambda x: 1.),
+        "x + 2": (lambda x: x + 2, lambda x: 1.),
+        "x*3": (lambda x: x*3, lambda x: 3.),
         "-x": (lambda x: -x, lambda x: -1.),
         "1/x": (lambda x: 1/x, lambda x: -1/x**2),
         "x/4": (lambda x: x/4, lambda x: .25),
         "x**3": (lambda x: x**3, lambda x: 3*x**2),
         "(2x)**3": (lambda x: (2*x)**3, lambda x: 24*x**2),
+        "(x - 2)**3": (lambda x: (x - 2)**3, lambda x: 3*(x - 2)**2),
+        "x**.5": (lambda x: x**.5, lambda x: .5*x**-.5),
+        "x**-2": (lambda x: x**-2, lambda x: -2*x**-3),
         "x*x - x": (lambda x: x*x - x, lambda x: 2*x - 1),
         "(1 + x)/(2 - x)": (lambda x: (1 + x)/(2 - x), lambda x: 3/(2 - x)**2),
         "exp(2x)": (lambda x: (2*x).exp(), lambda x: 2*math.exp(2*x)),
@@ -96,6 +101,7 @@ def check_derivative(
     for text, (f, slope) in cases.items():
         calls = []
         def counted(x, f=f, calls=calls): calls.append(x); return f(x)
+        counted.__qualname__ = text                       # what `attempt` says of a crash
         answer, right = attempt(func, counted, .7), slope(.7)
         got = _plain(answer)
         assert got is not None and got.numel() == 1, (
@@ -103,7 +109,7 @@ def check_derivative(
         got = got.item()
         assert len(calls) == 1, (
             f"func was called {len(calls)} times for {text}; a dual number needs one call")
-        assert not isinstance(calls[0], Tensor), (
+        assert not isinstance(calls[0], (Tensor, torch.Tensor)), (
             "that is the tape, which goes backwards; carry v and v̇ forwards, in a class of yours")
         assert math.isclose(got, right, rel_tol=1e-12), (
             f"the derivative of {text} at 0.7 is {right:.12g}, you say {got:.12g}")
@@ -117,12 +123,11 @@ def check_checkpoint(
     recorded = []
     y, x_grad, w_grad, full = _run_deep(lambda f, x: f(x), recorded)
     recorded.clear()
-    y_, x_grad_, w_grad_, size = _run_deep(lambda f, x: attempt(func, f, x), recorded)
+    y_, x_grad_, w_grad_, size = _run_deep(
+        lambda f, x: attempt(func, f, x), recorded, forgets=True)
     assert torch.equal(y, y_), "the value should be that of func(x)"
-    assert recorded and recorded[0] is False, (
-        "the first call of func still records: put it under no_grad")
-    assert len(recorded) == 2, (
-        f"func should run once forwards and once backwards; it ran {len(recorded)} times")
+    assert len(recorded) == 3, ("func should run once forwards and once on each of two ways back; "
+                                f"it ran {len(recorded)} times")
     assert x_grad_ is not None and torch.allclose(x_grad, x_grad_, atol=1e-6), (
         "x's gradient differs: pass g to backward, and return the .grad of a fresh leaf")
     assert w_grad_ is not None and torch.allclose(w_grad, w_grad_, atol=1e-6), (
@@ -130,7 +135,7 @@ def check_checkpoint(
     assert size <= 100*4*4, (
         f"the tape keeps {size} bytes; the input has {100*4*4}, and the plain run keeps {full}")
 
-def _run_deep(through, recorded: list) -> tuple:
+def _run_deep(through, recorded: list, forgets: bool = False) -> tuple:
     "Five tanh layers, called by `through(func, x)`: value, gradients of x and w, bytes kept."
     x = Tensor(torch.linspace(-1, 1, 400).reshape(100, 4), requires_grad=True)
     w = Tensor(torch.linspace(-1, 1, 16).reshape(4, 4), requires_grad=True)
@@ -142,9 +147,15 @@ def _run_deep(through, recorded: list) -> tuple:
     assert isinstance(y, Tensor), (
         f"checkpoint should return exp.autograd's Tensor, not {type(y).__module__}'s")
     assert y.requires_grad, "the result has no tape: wrap a rule with `taped`, for a way back to x"
+    if forgets:
+        assert recorded and recorded[0] is False, (
+            "the first call of func still records: put it under no_grad")
+        assert len(recorded) == 1, (
+            f"func ran {len(recorded)} times before backward: call it a second time inside the vjp")
     _, size = tape_size(y)
     def back():
-        y.backward(torch.linspace(-1, 2, 400).reshape(100, 4))
+        for retain in (True, False):                      # what is left of the first adds to .grad
+            y.backward(torch.linspace(-1, 2, 400).reshape(100, 4), retain_graph=retain)
         return True
     attempt(back)
     return y.data, x.grad, w.grad, size

@@ -111,7 +111,8 @@ def check_sigmoid(
         i = int((out - right).abs().nan_to_num(torch.inf).argmax())
         raise AssertionError(f"forward: {x.view(-1)[i]:.3g} becomes {out.reshape(-1)[i]:.6g}, "
                              f"it should become {right.view(-1)[i]:.6g}")
-    edge = attempt(attempt(cls).forward, torch.tensor([-1000., -100., 100., 1000.]))
+    far = attempt(cls)
+    edge = attempt(far.forward, torch.tensor([-1000., -100., 100., 1000.]))
     if not torch.allclose(edge, torch.tensor([0., 0., 1., 1.])):
         raise AssertionError(f"forward of -1000, -100, 100, 1000 is {edge.tolist()}: "
                              "which exponential overflows?")
@@ -121,6 +122,10 @@ def check_sigmoid(
     if torch.allclose(back, x*(1 - x)):
         raise AssertionError("backward: y(1-y) takes the output y; you used the input")
     attempt(check_gradients, layer, x)
+    flat = _as_tensor("backward's result", attempt(far.backward, torch.ones(4)), (4,))
+    if not torch.allclose(flat, torch.zeros(4, dtype=flat.dtype)):
+        raise AssertionError(f"backward at -1000, -100, 100, 1000 is {flat.tolist()}, not zero: "
+                             "which exponential overflows?")
     try: layer.backward(grad), layer.backward(grad)
     except Exception: return           # refused, in whatever words
     raise AssertionError("a second backward went through: begin backward with self.recall(grad)")
@@ -142,9 +147,14 @@ def check_softmax_backward(
     func: Callable[[Tensor, Tensor], Tensor],  # (p, grad) -> gradient of the logits
 ) -> None:
     "Check exercise 3. Raises: AssertionError saying what to look at."
+    for shape in ((4, 9), (9, 4)):     # neither (c, c) nor (n, n) may hide in (n, c)
+        _check_softmax_backward(func, shape)
+
+
+def _check_softmax_backward(func: Callable, shape: tuple) -> None:
     generator = torch.Generator().manual_seed(11)
-    z = torch.randn(4, 9, generator=generator, dtype=torch.float64).requires_grad_()
-    grad = torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    z = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
     p = z.softmax(1)
     want = torch.autograd.grad(p, z, grad)[0]
     p = p.detach()
@@ -165,7 +175,7 @@ def check_softmax_backward(
         raise AssertionError(f"wrong by up to {(got - want).abs().max():.2g}: redo the sum over j")
     if seen.numel > p.numel(): raise AssertionError(
         f"right, but a tensor of {seen.numel} numbers was made where p has {p.numel()}: "
-        "do it without the Jacobian")
+        "do it without the Jacobian, and without pairs of rows")
 
 # %% ../../nbs/exercises/02_backprop_exercises.ipynb #8e514ec3
 @checker
@@ -205,11 +215,14 @@ def _check_dropout(cls: Callable) -> None:
     if not 0.2 < (back == 0).double().mean().item() < 0.3: raise AssertionError(
         "backward: behind an input of zeros the slopes are wrong: a zero in the output may be a "
         "kept one, so remember the mask itself")
-    same = _as_tensor("forward's output", attempt(attempt(cls, 0.).forward, x), shape, f32)
-    if not torch.equal(same, x): raise AssertionError("Dropout(0) must drop and change nothing")
-    nothing = _as_tensor("forward's output", attempt(attempt(cls, 1.).forward, x), shape, f32)
-    if not torch.equal(nothing, 0*x):
-        raise AssertionError(f"Dropout(1) gave {nothing[0, 0]}: 1/(1-p) needs care at p=1")
+    for p, advice in ((0., "it must drop and change nothing"), (1., "1/(1-p) needs care there")):
+        edge = attempt(cls, p)
+        for name, given in (("forward", x), ("backward", twos)):
+            try: got = _as_tensor("the result", attempt(getattr(edge, name), given), shape, f32)
+            except AssertionError as error:
+                raise AssertionError(f"Dropout({p:.0f}): {error}") from error
+            if not torch.equal(got, (1 - p)*given): raise AssertionError(
+                f"Dropout({p:.0f}).{name} of {given[0, 0]} gave {got[0, 0]}: {advice}")
 
 # %% ../../nbs/exercises/02_backprop_exercises.ipynb #f1cfdf13
 @checker
@@ -235,7 +248,8 @@ def check_fixed(
     attempt(layer.backward, grad)
     for name, p in layer.named_parameters():
         if not torch.allclose(p.grad, 2*first[name]):
-            raise AssertionError(f"{name}.grad: a second backward must add to it; see accumulate")
+            raise AssertionError(f"{name}.grad: a second backward must add to it; "
+                                 "see exp.backprop.accumulate")
     _unchanged("x", x, x_before)
     _unchanged("grad", grad, grad_before)
 

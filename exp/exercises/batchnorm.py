@@ -20,10 +20,10 @@ def check_fold_batchnorm(
         torch.manual_seed(0)
         for norm_class in (BatchNorm, nn.BatchNorm2d):
             for bias, affine, options in (
-                    (False, True, {}), (True, True, {"stride": 2, "padding": 1}),
+                    (False, True, {}), (True, True, {"stride": (1, 2), "padding": 1}),
                     (True, False, {"groups": 2}),
-                    (False, True, {"dilation": 2, "padding": (2, 1)})):
-                conv = nn.Conv2d(4, 6, 3, bias=bias, **options).double()
+                    (False, True, {"dilation": (2, 1), "padding": (2, 1)})):
+                conv = nn.Conv2d(4, 6, (3, 2), bias=bias, **options).double()
                 norm = norm_class(6, eps=1e-2, affine=affine).double()
                 with torch.no_grad():
                     for p in norm.parameters(): p.uniform_(.5, 2)
@@ -72,10 +72,13 @@ def check_recalibrate_(
     "Check exercise 2. Raises: AssertionError with advice."
     gen = torch.Generator().manual_seed(0)
     batches = [2*torch.randn(n, 3, 5, 5, generator=gen) + n for n in (4, 6, 16)]
-    for norm, flat in ((BatchNorm, BatchNorm), (nn.BatchNorm2d, nn.BatchNorm1d)):
+    for norm, flat, deep in ((BatchNorm, BatchNorm, BatchNorm),
+                             (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d)):
         model = nn.Sequential(norm(3), nn.Conv2d(3, 2, 3), nn.Dropout(.5),
                               norm(2, momentum=.3), nn.ReLU(),
-                              norm(2, track_running_stats=False), nn.Flatten(), flat(18))
+                              norm(2, track_running_stats=False), nn.Flatten(),
+                              nn.Sequential(flat(18), nn.ReLU()),
+                              nn.Unflatten(1, (2, 1, 3, 3)), deep(2))
         for _ in range(3): model(7*batches[0] - 40)              # a past to be forgotten
         model[3].eval()
         modes = [m.training for m in model.modules()]
@@ -101,10 +104,16 @@ def check_recalibrate_(
                 and torch.allclose(model[3].running_var, variances, rtol=1e-2)), (
             f"{name}: a norm that was in evaluation mode, behind a dropout, has wrong averages: "
             "put all norms, and only them, into train mode while they look")
-        means, _ = _plain_averages([_normed(_normed(h).relu()).flatten(1) for h in hidden])
-        assert torch.allclose(model[7].running_mean, means, atol=1e-3), (
+        vectors = [_normed(_normed(h).relu()).flatten(1) for h in hidden]
+        means, _ = _plain_averages(vectors)
+        assert torch.allclose(model[7][0].running_mean, means, atol=1e-3), (
             f"the {flat.__name__} of vectors has wrong averages: norms of one and of three "
-            "dimensions count as well")
+            "dimensions count as well, and norms inside blocks: go through model.modules()")
+        volumes = [_normed(v).relu().unflatten(1, (2, 1, 3, 3)) for v in vectors]
+        means, _ = _plain_averages(volumes)
+        assert torch.allclose(model[9].running_mean, means, atol=1e-3), (
+            f"the {deep.__name__} of volumes has wrong averages: norms of three dimensions "
+            "count as well")
         assert [m.training for m in model.modules()] == modes, (
             "some modes have changed: note them before, put them back afterwards")
         assert (model[0].momentum, model[3].momentum) == (.1, .3), "put each momentum back"

@@ -63,20 +63,20 @@ class _Peek(Callback):
     order = 99
     def __init__(self, cancel=False):
         self.cancel, self.inside, self.after, self.steps = cancel, [], [], []
+        self.watched = None
     def _weights(self, learn):
         return torch.cat([p.detach().clone().flatten() for p in learn.model.parameters()])
-    def before_fit(self, learn):
-        self.start = self._weights(learn)
-        def look(*_):
-            if not learn.training: self.inside.append((len(self.steps), self._weights(learn)))
-        self.hook = learn.model.register_forward_pre_hook(look)
+    def look(self, module, _):      # before any module runs: validation may run another model
+        learn = self.watched
+        if learn is not None and module is learn.model and not learn.training:
+            self.inside.append((len(self.steps), self._weights(learn)))
+    def before_fit(self, learn): self.watched, self.start = learn, self._weights(learn)
     def before_batch(self, learn):      # a batch without a step
         if learn.training and learn.batch == 1: raise CancelBatch
     def after_step(self, learn): self.steps.append(self._weights(learn))
     def after_pred(self, learn):
         if self.cancel and not learn.training: raise CancelEpoch
     def after_epoch(self, learn): self.after.append((len(self.steps), self._weights(learn)))
-    def after_fit(self, learn): self.hook.remove()
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #77f3946e
 @checker
@@ -87,21 +87,22 @@ def check_average_weights(
     for cancel in (False, True):
         peek = _Peek(cancel)
         learn = _learner([attempt(cls, .8), peek])
-        attempt(lambda: (learn.fit(2, lr=.5), True))
+        with nn.modules.module.register_module_forward_pre_hook(peek.look):
+            attempt(lambda: (learn.fit(2, lr=.5), True))
+        assert peek.inside, "validation ran no model: swap weights, and let it run"
         averages = [peek.start]
         for w in peek.steps: averages.append(.8*averages[-1] + .2*w)
         for n, seen in peek.inside:
             assert not torch.equal(seen, peek.steps[n - 1]), \
                 "validation saw the plain weights: swap the averages in at before_pass"
             torch.testing.assert_close(
-                seen, averages[n], rtol=1e-4, atol=1e-6,
-                msg="validation saw other weights than the running average: start it once, from "
-                    "the weights before the first step, and update it after each step, not each "
-                    "batch")
+                seen, averages[n], rtol=1e-4, atol=1e-6, msg=
+                "validation saw other weights than the running average: start it once, from the "
+                "weights before the first step, and update it after each step, not each batch; "
+                "`decay` is the share of the old average")
         for n, left in peek.after:
             assert torch.equal(left, peek.steps[n - 1]), \
-                "after validation the model has not its own weights back: use after_pass, and " \
-                "clone what you keep"
+                "after validation the weights must be its own: use after_pass, clone what you keep"
 
 # %% ../../nbs/exercises/05_callbacks_exercises.ipynb #a19b762a
 def _f1(guess: Tensor, true: Tensor) -> float:
@@ -109,7 +110,7 @@ def _f1(guess: Tensor, true: Tensor) -> float:
     both, total = int((guess & true).sum()), int(guess.sum() + true.sum())
     return 2*both/total if total else 0.
 
-
+# %% ../../nbs/exercises/05_callbacks_exercises.ipynb #a19b762a-2
 def _f1_mistakes(logits: Tensor, y: Tensor, n: int, c: int) -> dict[str, float]:
     "Usual mistakes on a batch of n and one of the rest: what is wrong, and what it would give."
     picked, true, share = logits.argmax(1), y == c, n/len(y)
@@ -121,6 +122,10 @@ def _f1_mistakes(logits: Tensor, y: Tensor, n: int, c: int) -> dict[str, float]:
         "the batches' scores weighted by size: count over the whole pass":
             share*first + (1 - share)*rest,
         "that of class 1: use c": _f1(picked == 1, y == 1),
+        "the share of right ones among your guesses: count missed ones, too":
+            float(true[picked == c].float().mean()),
+        "the share of class c that is found: count wrong guesses, too":
+            float((picked == c)[true].float().mean()),
         f"that of outputs above .5: {largest}": _f1(logits[:, c] > .5, true),
         f"that of outputs above 0: {largest}": _f1(logits[:, c] > 0, true),
         f"that of probabilities above .5: {largest}": _f1(logits.softmax(1)[:, c] > .5, true),

@@ -51,7 +51,7 @@ def check_average_checkpoints(
     for seeds in ((0, 1, 2), (3, 4)):
         with tempfile.TemporaryDirectory() as folder:
             paths = _files(folder, seeds)
-            states = [_with_count(path, 5*i) for i, path in enumerate(paths)]
+            states = [_with_count(path, 5*((i + 1) % 3)) for i, path in enumerate(paths)]
             given, before = list(paths), [path.read_bytes() for path in paths]
             got = attempt(func, given)
             assert given == paths and [path.read_bytes() for path in paths] == before, \
@@ -61,9 +61,10 @@ def check_average_checkpoints(
         for name, last in states[-1].items():
             mean = torch.stack([s[name].double() for s in states]).mean(0)
             want = mean if last.is_floating_point() else last
-            part = got[name]
-            assert torch.is_tensor(part), f"{name} is a {type(part).__name__}: return tensors"
+            assert torch.is_tensor(part := got[name]), f"{name} is a {type(part)}: return tensors"
             assert part.dtype == last.dtype, f"{name} is {part.dtype}, it was {last.dtype}"
+            assert part.shape == last.shape, \
+                f"{name} is of shape {tuple(part.shape)}, it was {tuple(last.shape)}"
             assert torch.allclose(part.double(), want.double(), atol=1e-6), \
                 f"{name} is not the mean over the files (or, for whole numbers, the last file's)"
 
@@ -94,8 +95,11 @@ def _changes() -> dict[str, Callable]:
     "What may differ between two trainings: a part, and what changes it in a file's content."
     return {
         "model": lambda c: c["model"]["0.bias"][0].add_(1e-6),
+        "model (a name)": lambda c: c["model"].update({"3.shift": c["model"].pop("3.bias")}),
         "opts": lambda c: c["opts"]["opt"]["param_groups"][0].update(lr=.2),
+        "opts (the state)": lambda c: c["opts"]["opt"]["state"].update({0: {"m": torch.ones(2)}}),
         "random": lambda c: c["random"]["torch"][0].add_(1),
+        "random (Python's)": lambda c: c["random"]["python"].clear(),
         "base": lambda c: c["base"][0].update(lr=.2),
         "learns": lambda c: c["learns"].pop(),
         "frozen": lambda c: c["frozen"].append("0.bias"),

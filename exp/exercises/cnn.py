@@ -35,7 +35,7 @@ def check_max_pool2d(
 ) -> None:
     "Check exercise 1. Raises: AssertionError with advice."
     x = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
-    for size, stride in ((2, None), (3, 2), (2, 3), ((3, 2), (1, 2)), (3, 1)):
+    for size, stride in ((2, None), (3, 2), (2, 3), ((3, 2), (1, 2)), (3, 1), ((3, 2), None)):
         args = (x.clone(), size, *(() if stride is None else (stride,)))
         what = f"size {size}, stride {stride}"
         _same(_asked(func, *args), F.max_pool2d(x, size, stride), what,
@@ -73,6 +73,8 @@ def check_conv_transpose2d(
         assert tuple(got.shape) == tuple(want.shape), \
             (f"{what}: the result is {tuple(got.shape)}, not {tuple(want.shape)}: "
              "(h-1)·s + k - 2p rows")
+        assert got.dtype == want.dtype, \
+            f"{what}: x is {x.dtype}, the result {got.dtype}: use x.new_zeros"
         _same(got, want, what, "sum over channels in; paint at (i·stride + a, j·stride + b)", 1e-9)
         image = torch.randn(want.shape, generator=g, dtype=torch.float64)
         one = (F.conv2d(image, w, stride=stride, padding=padding)*x).sum()

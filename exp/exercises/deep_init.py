@@ -36,6 +36,8 @@ def check_delta_orthogonal_(
     ratio = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), w).norm() / x.norm()
     assert abs(ratio - 1) < 1e-4, (
         f"the convolution changed an image's length by a factor {ratio:.3f}")
+    assert not torch.equal(w, attempt(func, torch.zeros(7, 5, 3, 3))), (
+        "without a generator two calls gave the same numbers: then draw from PyTorch's global one")
     wrong = {(4, 8, 3, 3): "n_out < n_in", (8, 8, 2, 2): "an even kernel", (8, 8): "no kernel",
              (8, 8, 3, 2): "an even last side", (8, 8, 4, 3): "an even first side"}
     for shape, why in wrong.items():
@@ -105,7 +107,7 @@ def check_layers_until(
 ) -> None:
     "Check exercise 5. Raises: AssertionError with advice."
     for angle, start in ((65., 90.), (45., 90.), (20., 90.), (9.5, 90.), (45., 60.), (100., 180.),
-                         (50., 40.)):
+                         (3., 90.), (50., 40.), (90., 90.)):
         c, right = math.cos(math.radians(start)), 0
         while math.degrees(math.acos(c)) > angle:
             c = (math.sqrt(1 - c*c) + c*(math.pi - math.acos(c))) / math.pi

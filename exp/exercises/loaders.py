@@ -19,10 +19,10 @@ def check_weighted_sampler(
     cls: type,  # your class WeightedSampler(weights, n, generator=None)
 ) -> None:
     "Check exercise 1. Raises: AssertionError with advice."
-    weights, n = [1., 0., 3., 6.], 4000
+    weights, n = [.5, 0., 1.5, 3.], 4000
     make = lambda: attempt(cls, weights, n, torch.Generator().manual_seed(1))
     sampler = make()
-    assert weights == [1., 0., 3., 6.], "weights was changed in place: make a tensor of it"
+    assert weights == [.5, 0., 1.5, 3.], "weights was changed in place: make a tensor of it"
     assert hasattr(sampler, "__len__") and hasattr(sampler, "__iter__"), \
         "a sampler needs two methods, __len__ and __iter__"
     assert len(sampler) == n, f"its length is the n={n} indices of one epoch, got {len(sampler)}"
@@ -35,12 +35,15 @@ def check_weighted_sampler(
     assert set(first) <= {0, 1, 2, 3}, f"got the index {max(first)}, but there are only 4 weights"
     assert 1 not in first, "an index of weight 0 was drawn: it should never come"
     assert first != second, "both epochs are the same: draw inside __iter__, not in __init__"
+    assert first != sorted(first), \
+        "the indices come sorted, so a batch would hold one of them only: mix the draws"
     assert first == attempt(walk, make()), \
         "the same seed gave other indices: draw from `generator`"
     _check_shares(first, [w/sum(weights) for w in weights])
     pairs = [(torch.ones(2), i) for i in range(4)]
     loader = DataLoader(pairs, 8, sampler=attempt(cls, weights, 20))
-    assert [len(y) for _, y in loader] == [8, 8, 4], "it does not work as DataLoader(…, sampler=…)"
+    assert [len(y) for _, y in attempt(list, loader)] == [8, 8, 4], \
+        "it does not work as DataLoader(…, sampler=…)"
 
 
 def _check_shares(indices: list[int], probabilities: list[float]) -> None:
@@ -76,7 +79,7 @@ def check_pad_collate(
     assert lengths.tolist() == [2, 4, 1], (f"the true lengths are [2, 4, 1], got "
                                            f"{lengths.tolist()}: a zero may belong to a sequence")
     assert labels.tolist() == [1, 0, 1], f"the labels are [1, 0, 1], got {labels.tolist()}"
-    batches = list(DataLoader(items, 2, collate_fn=func))
+    batches = attempt(list, DataLoader(items, 2, collate_fn=func))
     assert [tuple(b[0].shape) for b in batches] == [(2, 4), (1, 1)], \
         "in a DataLoader the second batch, of one short sequence, should be (1, 1)"
 
@@ -93,7 +96,8 @@ def check_similar_lengths(
     assert given == lengths, ("lengths was changed in place, and nobody knows any more which item "
                               "is which: sorted(range(n), key=…) or argsort")
     for name in ("__len__", "__iter__"): assert hasattr(sampler, name), f"it needs a method {name}"
-    assert len(sampler) == 7, f"50 items in batches of 8 are 7 batches, not {len(sampler)}"
+    n = attempt(len, sampler)
+    assert n == 7, f"50 items in batches of 8 are 7 batches, not {n}"
     def walk(sampler): return [[int(i) for i in batch] for batch in islice(sampler, 99)]
     first, second, third = (attempt(walk, s) for s in (sampler, sampler, make()))
     assert sorted(len(batch) for batch in first) == [2, 8, 8, 8, 8, 8, 8], \
@@ -108,8 +112,8 @@ def check_similar_lengths(
     longest = [max(lengths[i] for i in batch) for batch in first]
     assert longest not in (sorted(longest), sorted(longest, reverse=True)), \
         "the batches come sorted by length: shuffle the batches, too"
-    loader = DataLoader([(i, i) for i in range(50)], batch_sampler=make())
-    assert len(list(loader)) == 7, "it does not work as DataLoader(…, batch_sampler=…)"
+    loader = DataLoader([(i, i) for i in range(50)], batch_sampler=attempt(cls, given, 8))
+    assert len(attempt(list, loader)) == 7, "it does not work as DataLoader(…, batch_sampler=…)"
 
 # %% ../../nbs/exercises/04a_loaders_exercises.ipynb #4ae00014
 @checker
@@ -122,8 +126,10 @@ def check_loading(
              "three": n*max(batch/3, step), "shared": 8}
     hints = {"batches": "1000/64 is no whole number, and the last batch counts",
              "left_out": "what does not fill a batch of 64 is left out: 1000 - 15*64",
-             "alone": "nobody reads while the model trains: the two times add up",
+             "alone": "nobody reads while the model trains: the two times add up, for 15.625 "
+                      "batches",
              "three": "three batches are being made at once, while the model trains: the slower "
-                      "of the two decides, 384/3 ms for a batch or 200 ms for a step",
+                      "of the two decides, 384/3 ms for a batch or 200 ms for a step, "
+                      "for 15.625 batches",
              "shared": "sixteen joint batches, dealt in turn to two"}
     check_numbers(answer, right, hints)

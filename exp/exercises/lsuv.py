@@ -133,12 +133,21 @@ def check_first_dead(
     torch.manual_seed(0)
     chain = lambda *middle: nn.Sequential(nn.Linear(6, 8), *middle, nn.Linear(8, 3))
     constant = chain(nn.Tanh(), nn.Linear(8, 8))
-    with torch.no_grad(): constant[2].weight.mul_(1e-4)
+    one_inf, one_nan = chain(nn.Tanh()), chain(nn.Tanh())
+    with torch.no_grad():
+        constant[2].weight.mul_(1e-4)
+        one_inf[2].bias[0], one_nan[2].bias[0] = math.inf, math.nan
+    block = nn.Sequential(nn.Linear(6, 8), nn.Sequential(_Times(0.), nn.Linear(8, 8)),
+                          nn.Linear(8, 3))
     cases = [("a healthy chain", chain(nn.Tanh()), "", "is any layer really dead?"),
              ("zeros between two layers", chain(_Times(0.)), "2",
               "behind zeros a layer gives its bias to every input: look at the inputs' share"),
              ("inf between two layers", chain(_Times(math.inf)), "2",
               "mean and std are then not finite, and no comparison with NaN is true"),
+             ("one bias of inf", one_inf, "2", "inf is dead as well as NaN: isfinite() knows both"),
+             ("one bias of NaN", one_nan, "2", "NaN is dead as well as inf: isfinite() knows both"),
+             ("a layer inside a block", block, "1.1",
+              "find_layers(model, nn.Linear) finds layers at any depth, with dotted names"),
              ("weights of 1e-4 beside ordinary biases", constant, "2",
               "its std is fine, but it is the biases' std: look at the inputs' share"),
              ("a Dropout(1.) between two layers", chain(nn.Dropout(1.)), "",
@@ -160,9 +169,15 @@ def check_first_dead(
         assert got == truth, f"{what}: the answer is {truth!r}, yours {got!r}: {hint}"
     noisy = chain(nn.Tanh())
     with torch.no_grad(): noisy[0].bias.zero_(); noisy[2].weight.mul_(.1)
-    assert attempt(func, noisy, torch.randn(50, 6), .5) == "2", (
-        "with share=.5 a layer is dead that has less than half of its variance from the "
-        "inputs: use the argument")
+    x = torch.randn(50, 6)
+    with torch.no_grad(): y = noisy(x)
+    real = (y.var(0, correction=0).mean()/y.var(correction=0)).item()    # of the last layer
+    for share, truth in ((real**.75, "2"), (real/2, "")):
+        got = attempt(func, noisy, x, share)
+        assert got == truth, (
+            f"share={share:.2g}, and {real:.2g} of the last layer's variance comes from the "
+            f"inputs: the answer is {truth!r}, yours {got!r}: use the argument, and compare "
+            "variances, not stds")
 
 # %% ../../nbs/exercises/07_lsuv_exercises.ipynb #224ff0ae
 @checker

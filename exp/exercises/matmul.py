@@ -21,7 +21,8 @@ class _WithoutProducts(TorchFunctionMode):
         self.calls += 1
         name = getattr(func, "__name__", "").strip("_")
         if name in {"matmul", "rmatmul", "mm", "bmm", "mv", "dot", "inner", "einsum", "tensordot",
-                    "addmm", "baddbmm", "linalg_matmul", "linear", "numpy", "tolist"}:
+                    "addmm", "baddbmm", "linalg_matmul", "linalg_vecdot", "linear",
+                    "numpy", "array", "tolist"}:
             raise AssertionError(f"{name} is not allowed here: use *, sum, and axes of size 1")
         return func(*args, **(kwargs or {}))
 
@@ -70,7 +71,7 @@ def check_broadcast_shapes(
         assert got == want, (f"{named} gave {got}: line the shapes up from the right; "
                              "a 1 takes on the other size, even 0")
     for shapes in [[(3,), (4,)], [(2, 3), (2, 4)], [(5, 2), (5,)], [(0,), (3,)],
-                   [(2, 1), (3,), (2,)]]:
+                   [(2, 1), (3,), (2,)], [(2,), (1,), (3,)]]:
         try: got = func(*shapes)
         except ValueError: continue
         except Exception as error:
@@ -111,7 +112,7 @@ def check_einsum2(
         "ki,jk->ij": "both factors are stored transposed", "ij,j->i": "matrix times vector",
         "bik,bkj->bij": "a batch axis is kept, not summed", "bqk,bik->bqi": "as in attention",
         "ij,k->k": "letters of only one tensor can be summed, too",
-        "ji,ij->": "all letters are summed", "bij,k->kijb": "four letters in a new order"}
+        "ji,ij->": "all letters are summed", "jbi,k->bkij": "four letters in a new order"}
     for spec, hint in advice.items():
         one, two = spec.split("->")[0].split(",")
         a, b = _numbers(*[size[x] for x in one], seed=3), _numbers(*[size[x] for x in two], seed=4)
@@ -172,7 +173,7 @@ def check_predictions(
         "bytes in memory of torch.zeros(1000, 1).expand(1000, 1000)":
             (stretched.untyped_storage().nbytes(), "a stretched axis is free; a float has 4 bytes"),
         "smallest n for which a float32 product n × n reaches 40 FLOP per byte":
-            (next(n for n in range(1, 999) if 2*n**3 >= 40*12*n**2), "how does I grow with n?"),
+            (next(n for n in range(1, 999) if 2*n**3 >= 40*12*n**2), "the intensity is n/what?"),
     }
     assert isinstance(answer, dict), f"give a dict of predictions, not {answer!r}"
     for question, (want, hint) in truth.items():

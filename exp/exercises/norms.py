@@ -48,10 +48,15 @@ def check_rms_norm(
                 _agrees(got, right, "rms_norm of float64",
                         "only half precision goes through .float()", 1e-12)
     x = torch.full((2, 8), 300.).half()
-    y = attempt(func, x, None, 1e-6)
-    assert y.dtype == torch.float16, f"half precision gives {y.dtype}: return the dtype of x"
-    assert (y - 1).abs().max() < .01, ("300² does not fit into half precision: "
-                                       "square and average x.float(), then convert back")
+    for w, given in ((None, "no weight"), (torch.linspace(1, 2, 8).half(), "a weight")):
+        y = attempt(func, x, w, 1e-6)
+        case = f"half precision with {given}"
+        assert isinstance(y, torch.Tensor) and y.shape == x.shape, (
+            f"{case}: return a tensor of the shape of x")
+        assert y.dtype == torch.float16, f"{case} gives {y.dtype}: return the dtype of x"
+        assert (y - (1 if w is None else w)).abs().max() < .01, (
+            f"{case} is off: 300² does not fit into half precision, so square and average "
+            "x.float(); multiply by the weight there, too; then convert back")
 
 # %% ../../nbs/exercises/06a_norms_exercises.ipynb #cf6c1465
 @checker

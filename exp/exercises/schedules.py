@@ -62,7 +62,7 @@ def check_warm_stable_decay(
     for climb, decay in ((.5, .5), (.6, .6)):
         try: func(1., climb, decay)
         except ValueError as error:
-            assert str(error) and "fractions" not in str(error), \
+            assert str(error) and "give each a share" not in str(error), \
                 "let the ValueError speak of climb, decay and plateau, not of combine's fractions"
         else: raise AssertionError(f"{climb} and {decay} leave no plateau: raise a ValueError")
 
@@ -83,11 +83,18 @@ def check_layerwise(
     assert isinstance(out, (list, tuple)) and len(out) == 3, \
         f"return a list of 3 schedules, not {out!r:.60}"
     assert all(map(callable, out)), "each entry is a function of the position, not a number"
-    got = [schedule(0.) for schedule in out]
+    try: got = [schedule(0.) for schedule in out]
+    except RecursionError: raise AssertionError(
+        "a schedule calls itself without end: a lambda made in a loop sees the loop's *last* "
+        "value; bind it (lambda p, s=s: …) or make it in a function") from None
     assert len(set(got)) > 1, \
         f"all groups get {got[0]}: a lambda made in a loop sees the loop's *last* value; " \
         "bind it (lambda p, i=i: …) or make it in a function"
     assert got == [.25, .5, 1.], f"at position 0 the rates should be [.25, .5, 1.], got {got}"
+    for p in (.25, .75):
+        got, want = [attempt(schedule, p) for schedule in out], cosine(1, .2)(p)
+        assert all(abs(g - f*want) < 1e-6 for g, f in zip(got, (.25, .5, 1))), \
+            f"at position {p} the rates should halve from {want:.4f} down, got {got}"
     recorder, x = _Rates(), torch.ones(4, 3)
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
     def groups(params, lr):

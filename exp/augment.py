@@ -34,16 +34,6 @@ def sampling_grid(
     return (points[:, :2]/points[:, 2:]).permute(0, 2, 3, 1)
 
 # %% ../nbs/09b_augmentation.ipynb #839402ab
-def _check_photos(x: Any) -> None:
-    "Raises: TypeError unless these are photos as floats, and a batch of them."
-    if isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point(): return
-    raise TypeError(f"photos are {describe(x)}: list to_float before what changes them, and all "
-                    "of it in batch_tfms, for a batch (bs, c, h, w)")
-
-
-def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
-
-
 def _points(matrix: Tensor, size_in: Sequence[int], size_out: Sequence[int]) -> list[tuple]:
     """How many points down and across an output pixel of each item needs: (0, 0) where all lie on
     input pixels; else as many as input pixels beneath it in the middle, rounded, 1 to 8."""
@@ -60,7 +50,23 @@ def _points(matrix: Tensor, size_in: Sequence[int], size_out: Sequence[int]) -> 
     copies = (off < 1e-3/torch.tensor([tw, th, 1.])).all(1) & (points == 1).all(1)
     return [tuple(row) for row in points.where(~copies[:, None], 0).int().tolist()]
 
+# %% ../nbs/09b_augmentation.ipynb #9ef0f629
+def _check_photos(x: Any) -> None:
+    "Raises: TypeError unless these are photos as floats, and a batch of them."
+    if isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point(): return
+    raise TypeError(f"photos are {describe(x)}: list to_float before what changes them, and all "
+                    "of it in batch_tfms, for a batch (bs, c, h, w)")
 
+
+def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
+
+
+def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
+    "In memory, the channels of a pixel together where they are in x."
+    together = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return out.to(memory_format=torch.channels_last) if together else out
+
+# %% ../nbs/09b_augmentation.ipynb #08a4aa9a
 def resample(
     x: Tensor,       # batch of photos, (bs, c, h, w), any float dtype
     matrix: Tensor,  # (bs, 3, 3): from output points to input points, both in [-1, 1]
@@ -85,12 +91,6 @@ def resample(
         else: out[rows] = found.to(x.dtype)
     return _laid_out_as(x, out)
 
-
-def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
-    "In memory, the channels of a pixel together where they are in x."
-    together = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return out.to(memory_format=torch.channels_last) if together else out
-
 # %% ../nbs/09b_augmentation.ipynb #44e1e031
 def _uniform(low: float, high: float, shape: Any, generator: torch.Generator) -> Tensor:
     "Random numbers, on the generator's device."
@@ -106,7 +106,7 @@ def _at_most(name: str, value: float, most: float) -> float:
     if not 0 <= value <= most: raise ValueError(f"{name} is {value}: give 0 to {most:g}")
     return value
 
-
+# %% ../nbs/09b_augmentation.ipynb #5df690b3
 class _Chance(Transform):
     "Base of what happens to each item by a chance of its own, and to none in validation."
     order = 40              # after to_float, before Normalize
@@ -119,7 +119,7 @@ class _Chance(Transform):
         words = ", ".join(f"{k}={word(v)}" for k, v in vars(self).items())
         return f"{type(self).__name__}({words})"
 
-
+# %% ../nbs/09b_augmentation.ipynb #b969c4df
 class Geometric(_Chance):
     """Base of what moves pixels, in a batch (bs, c, h, w) of floats: a subclass writes `draw`.
     Used by itself it leaves targets where they are: Augment moves them, too."""
@@ -161,7 +161,7 @@ class Flip(Geometric):
         axis, matrix = int(self.vertical), self.matrix(len(x), 1, 1, generator).to(x.device)
         return torch.where(matrix[:, axis, axis, None, None, None] < 0, x.flip(-1 - axis), x)
 
-
+# %% ../nbs/09b_augmentation.ipynb #a52ee6f0
 class Rotate(Geometric):
     """Turn about the middle, counter-clockwise where the angle is positive. Same as: Image.rotate,
     but for what comes from outside of the photo: mirrored, not black."""
@@ -179,7 +179,7 @@ class Rotate(Geometric):
         m[:, 0, 1], m[:, 1, 0] = -h/w*angle.sin(), w/h*angle.sin()    # a circle stays a circle
         return m
 
-
+# %% ../nbs/09b_augmentation.ipynb #37a88de5
 class Zoom(Geometric):
     "Enlarge, and look at a random part; below 1 shrink, and put it somewhere in the frame."
     def __init__(
@@ -214,7 +214,7 @@ def homography(
     eight = torch.linalg.solve(torch.cat(rows, 1), torch.cat([u, v], 1))
     return torch.cat([eight, one[:, :1]], 1).view(-1, 3, 3)
 
-
+# %% ../nbs/09b_augmentation.ipynb #c6a73508
 class Warp(Geometric):
     "Look from another side: each corner of the frame looks somewhere near that of the photo."
     def __init__(
@@ -258,7 +258,7 @@ class CenterCrop(Geometric):
 
     def for_valid(self) -> "CenterCrop": return self
 
-
+# %% ../nbs/09b_augmentation.ipynb #7518b2d2
 class RandomCrop(CenterCrop):
     """A window of fixed size somewhere in the photo, pixel for pixel; in validation, in its middle.
     Same as: torchvision.transforms.v2.RandomCrop, but a place for each item, and what `padding`
@@ -280,7 +280,7 @@ class RandomCrop(CenterCrop):
 
     def for_valid(self) -> CenterCrop: return CenterCrop(self.size)
 
-
+# %% ../nbs/09b_augmentation.ipynb #0cfdda8d
 class RandomResizedCrop(CenterCrop):
     """A random part of each photo of a batch, of random area and shape, resized; its middle in
     validation. (exp.photos has one for single photos, before they are a batch.)
@@ -314,7 +314,7 @@ class RandomResizedCrop(CenterCrop):
 # %% ../nbs/09b_augmentation.ipynb #30b91a68
 GREY = .299, .587, .114     # how bright red, green and blue look to us (ITU-R BT.601)
 
-
+# %% ../nbs/09b_augmentation.ipynb #01a90419
 def relight(
     x: Tensor,                            # photos, (bs, c, h, w), floats in [0, 1]
     brightness: Tensor | float = 1.,      # factors, (bs,): of all colours
@@ -338,7 +338,7 @@ def relight(
     mixed = torch.baddbmm(rest, (b*k)[:, None, None]*colours, wide.flatten(2))
     return _laid_out_as(x, mixed.clamp_(0, 1).view(x.shape).to(x.dtype))
 
-
+# %% ../nbs/09b_augmentation.ipynb #9cec8ba3
 class Lighting(_Chance):
     "Base of what changes light: a factor of `relight`, the one of this name, for each item."
     factor_name = "brightness"
@@ -360,7 +360,7 @@ class Lighting(_Chance):
         drawn, chance = torch.rand(2, n, generator=generator, device=generator.device)
         return (1 + self.magnitude*(2*drawn - 1)).where(chance < self.p, 1.)
 
-
+# %% ../nbs/09b_augmentation.ipynb #8abe9a23
 class Brightness(Lighting):
     "All colours times a factor. Same as: torchvision's adjust_brightness (1e-5)."
 
@@ -434,7 +434,7 @@ def compose(
 def _family(tfm: Transform) -> type:
     return next((kind for kind in (Geometric, Lighting) if isinstance(tfm, kind)), Transform)
 
-
+# %% ../nbs/09b_augmentation.ipynb #35df4100
 class Augment(Transform):
     """Transforms of a batch (bs, c, h, w) of floats in [0, 1], each item by its own chance. What
     moves pixels and stands together becomes one matrix an item, and photos are sampled once; what
@@ -497,7 +497,7 @@ class Augment(Transform):
 
     def __repr__(self) -> str: return f"Augment({', '.join(map(repr, self.transforms))})"
 
-
+# %% ../nbs/09b_augmentation.ipynb #e226693f
 def _listed(tfms: Any) -> list:
     "The transforms of a pipeline, of any iterable, or this one."
     if isinstance(tfms, Pipeline): return tfms.tfms
@@ -535,7 +535,7 @@ def move_boxes(
     lowest, highest = found.amin(2), found.amax(2)
     return torch.cat([lowest, highest], -1).clamp(min=0).minimum(wh_out.repeat(2))
 
-
+# %% ../nbs/09b_augmentation.ipynb #ad6b16bb
 def _move_target(y: Any, kind: str, matrix: Tensor, size_in: Sequence[int],
                  size_out: Sequence[int], padding_mode: str) -> Any:
     "Masks, boxes, or a list of each photo's boxes; else of a list or tuple the first part."
@@ -565,7 +565,7 @@ def _coins(numbers: Tensor, seed: int) -> Tensor:
     h = ((h ^ (h >> 13))*0xC2B2AE35) & low
     return (h ^ (h >> 16)) & 1
 
-
+# %% ../nbs/09b_augmentation.ipynb #df497d95
 class AlternatingFlip(Callback):
     """Mirror half of the training photos, and in the next epoch the other half: in any two epochs
     in a row, also of two trainings, each is seen both ways. Targets are left alone. Raises:
@@ -626,7 +626,7 @@ def tta(
         with same_randomness(dl): total = total + _wide(activation(learn.predict(view())))
     return total/(n + 1), targets
 
-
+# %% ../nbs/09b_augmentation.ipynb #9bdfeea0
 def _view_tfms(learn: Learner, dl: Iterable, transforms: Any) -> Pipeline:
     "What a view applies to batches. Raises: ValueError, TypeError unless a chance is among it."
     own, train = (getattr(x, "batch_tfms", None) or Pipeline() for x in (dl, learn.dls.train))

@@ -55,7 +55,7 @@ class ItemList:
         words = [*map(_word, self[:3]), *["…"]*(len(self) > 3)]
         return f"{type(self).__name__} of {len(self):,}: [{', '.join(words)}]"
 
-
+# %% ../nbs/08_data_block.ipynb #73e9e84e
 def _word(item) -> str:
     "An item in a word: the last parts of a path, or how Python prints it."
     return "/".join(item.parts[-3:]) if isinstance(item, Path) else f"{item!r:.60}"
@@ -90,7 +90,7 @@ def grandparent_splitter(
     names = [train], [valid] if isinstance(valid, str) else valid
     return tuple([i for i, name in enumerate(above) if name in part] for part in names)
 
-
+# %% ../nbs/08_data_block.ipynb #a663f966
 def random_splitter(
     seed: int = 0,            # the same seed, the same split: today, tomorrow, in every process
     valid_share: float = .2,  # of all items, between 0 and 1
@@ -102,7 +102,7 @@ def random_splitter(
         return sorted(order[cut:]), sorted(order[:cut])
     return split
 
-
+# %% ../nbs/08_data_block.ipynb #48c4c7a8
 def func_splitter(
     func: Callable,   # item -> is it for validation?
 ) -> Callable:        # items -> positions for training, for validation
@@ -154,7 +154,7 @@ class Transform:
 
     def __repr__(self) -> str: return type(self).__name__
 
-
+# %% ../nbs/08_data_block.ipynb #2126ced2
 class _Function(Transform):
     "A function of x alone; in a pipeline it stays behind the transform that it was listed after."
     def __init__(self, func: Callable, order: float):
@@ -237,7 +237,7 @@ class Categorize(Transform):
     def decode(self, x: int | Tensor) -> Any: return self.vocab[int(x)]
     def __repr__(self) -> str: return f"{type(self).__name__}({len(self.vocab or ())} classes)"
 
-
+# %% ../nbs/08_data_block.ipynb #c29429d7
 class MultiCategorize(Categorize):
     "Several classes per item: a list of words becomes a row of zeros and ones, and back."
     def setup(self, labels: Iterable) -> None:
@@ -274,7 +274,8 @@ class Normalize(Transform):
         channels = torch.cat(list(islice(batches, self.n_batches))).float().movedim(1, 0).flatten(1)
         std = channels.std(1, correction=0)
         if self.mean is None: self.mean = channels.mean(1)
-        if self.std is None: self.std = std.where(std > 0, 1.)     # 1 for a constant column
+        varies = (std > 0) & (channels.amax(1) > channels.amin(1))  # a constant's std may round up
+        if self.std is None: self.std = std.where(varies, 1.)
 
     def _like(self, x: Tensor) -> list[Tensor]:
         return [torch.as_tensor(v).to(x).view(-1, *[1]*(x.ndim - 2)) for v in (self.mean, self.std)]
@@ -323,7 +324,7 @@ class ItemSet:
         with _naming(item): y, _ = self.y_tfm((self.get_y(item), None), current_generator())
         return torch.tensor(y, dtype=torch.float32) if isinstance(y, float) else y
 
-
+# %% ../nbs/08_data_block.ipynb #c2c21a69
 @contextmanager
 def _naming(item) -> Iterator[None]:
     "An error in here gets a note that names the item."
@@ -399,7 +400,7 @@ class ItemLoaders(DataLoaders):
         if isinstance(xs[0], Tensor) and xs[0].ndim == 3: return show_images(xs, ys, ncols=6)
         return table([{"x": f"{_digits(x)!s:.70}", "y": _digits(y)} for x, y in zip(xs, ys)])
 
-
+# %% ../nbs/08_data_block.ipynb #e0c8cc43
 def _one_by_one(batch: Any, stacked: bool) -> list:
     "A batch item by item; if stacked, a list has an entry for each part of an item, not each item."
     if isinstance(batch, Mapping):
@@ -431,15 +432,16 @@ def _split(items: ItemList, splitter: Callable) -> tuple[ItemList, ItemList]:
         f"{_word(items[min(both)])} is for training and for validation: a splitter must choose")
     return items[train], items[valid]
 
-
+# %% ../nbs/08_data_block.ipynb #6346ab1c
 def _kind_of_target(labels: Iterable) -> list[Transform]:
     """What makes targets of such labels, alone or in lists: words are classes, as True and False
     are if alone; floats are float32."""
-    lists, labels = (list, tuple, set), iter(labels)
+    lists, bools, labels = (list, tuple, set), (bool, np.bool_), iter(labels)
     first = next((y for y in labels if not isinstance(y, lists) or y), None)    # none of no words
-    if isinstance(first, (bool, np.bool_)): labels = list(labels)
-    if isinstance(first, str) or isinstance(labels, list) and all(
-            isinstance(y, (bool, np.bool_)) for y in labels): return [Categorize()]
+    if isinstance(first, str): return [Categorize()]
+    if isinstance(first, bools):
+        labels = list(labels)
+        if all(isinstance(y, bools) for y in labels): return [Categorize()]
     parts = first if isinstance(first, lists) else [first]
     if all(isinstance(part, str) for part in parts): return [MultiCategorize()]
     if not all(isinstance(part, (int, float, np.number)) for part in parts): return []

@@ -56,7 +56,7 @@ def open_rgb(
         raise BadPhoto(f"{os.fspath(path)!r} cannot be read as a photo ({why}): replace it or "
                        "remove it, or load with on_error='skip'") from error
 
-
+# %% ../nbs/08a_photos.ipynb #c71fe053
 def _upright(im: Image.Image) -> Image.Image:
     "Turned as the photo's note says; a note that is damaged says nothing."
     try: return ImageOps.exif_transpose(im)
@@ -114,7 +114,7 @@ def _middle(w: int, h: int, ratio: float) -> tuple[int, int, int, int]:
     left, top = (w - cw)//2, (h - ch)//2
     return left, top, left + cw, top + ch
 
-
+# %% ../nbs/08a_photos.ipynb #d30b99fb
 class Resize(Transform):
     "Scale a photo: the largest middle part of the right shape; squashed, if not `crop`."
     order = 20

@@ -711,9 +711,11 @@ def test_tta_with_any_generator_sees_several_views():
 def eye(n): return torch.eye(3).repeat(n, 1, 1)
 
 
-def shear(element, draw):
+def shear(element, draw, base=True):
     class Shear(A.Geometric):
-        def __init__(self, degrees): super().__init__(); self.degrees = degrees
+        def __init__(self, degrees):
+            if base: super().__init__()
+            self.degrees = degrees
         def draw(self, n, h, w, generator):
             m = eye(n); m[:, element[0], element[1]] = draw(self.degrees, n, h, w, generator); return m
     return Shear
@@ -731,11 +733,17 @@ SHEAR = {
     "one side": (shear((0, 1), lambda d, n, h, w, g: h/w*(math.radians(d)*lot(n, g).abs()).tan()), "both"),
     "radians": (shear((0, 1), lambda d, n, h, w, g: h/w*(d*lot(n, g)).tan()), "leans by"),
     "global chance": (shear((0, 1), lambda d, n, h, w, g: h/w*(math.radians(d)*(2*torch.rand(n) - 1)).tan()), "the same generator"),
+    "a generator of its own": (shear((0, 1), lambda d, n, h, w, g: h/w*(math.radians(d)*lot(n, gen())).tan()), "another generator"),
+    "no lot": (shear((0, 1), lambda d, n, h, w, g: h/w*torch.linspace(-d, d, n).deg2rad().tan()), "another generator"),
+    "whole degrees": (shear((0, 1), lambda d, n, h, w, g: h/w*torch.randint(-d, d + 1, (n,), generator=g).deg2rad().tan()), "whole degrees"),
+    "uniform tangent": (shear((0, 1), lambda d, n, h, w, g: h/w*math.tan(math.radians(d))*lot((n, 2), g)[:, 0]), "not uniform"),
+    "no base class": (shear((0, 1), lambda d, n, h, w, g: h/w*(math.radians(d)*lot(n, g)).tan(), base=False), "super"),
 }
 
 
-def solarize(change, valid=None, draw=lambda n, g: torch.rand(n, 1, 1, 1, generator=g)):
+def solarize(change, valid=None, draw=lambda n, g: torch.rand(n, 1, 1, 1, generator=g), place=40):
     class Solarize(Transform):
+        order = place
         def __init__(self, threshold, p): self.threshold, self.p = threshold, p
         def __call__(self, x, generator): return change(x, self.threshold, draw(len(x), generator) < self.p)
         def for_valid(self): return self if valid else None
@@ -745,7 +753,23 @@ def solarize(change, valid=None, draw=lambda n, g: torch.rand(n, 1, 1, 1, genera
 def in_place(x, t, acts): x[:] = torch.where(acts & (x >= t), 1 - x, x); return x
 
 
+def negative(x, t, acts): return torch.where(acts & (x >= t), 1 - x, x)
+
+
+def some(pick):
+    "Solarize for as many items as p says, by no lot for each."
+    class Solarize(solarize(negative)):
+        def __call__(self, x, generator):
+            acts = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool)
+            acts[pick(len(x), generator)[:int(self.p*len(x))]] = True
+            return negative(x, self.threshold, acts)
+    return Solarize
+
+
 SOLARIZE = {
+    "exactly p": (some(lambda n, g: torch.randperm(n, generator=g)), "a lot for each item"), "the first": (some(lambda n, g: torch.arange(n)), "a lot for each item"),
+    "a generator of its own": (solarize(negative, draw=lambda n, g: torch.rand(n, 1, 1, 1, generator=gen())), "handed in"),
+    "for_valid is None": (type("Solarize", (solarize(negative),), {"for_valid": None}), "a method"),
     "right": (solarize(lambda x, t, acts: torch.where(acts & (x >= t), 1 - x, x)), None),
     "by arithmetic": (solarize(lambda x, t, acts: x + (acts & (x >= t))*(1 - 2*x)), None),
     "no threshold": (solarize(lambda x, t, acts: torch.where(acts, 1 - x, x)), "neither"),
@@ -756,6 +780,9 @@ SOLARIZE = {
     "in place": (solarize(in_place), "in place"),
     "in validation": (solarize(lambda x, t, acts: torch.where(acts & (x >= t), 1 - x, x), valid=True), "for_valid"),
     "global chance": (solarize(lambda x, t, acts: torch.where(acts & (x >= t), 1 - x, x), draw=lambda n, g: torch.rand(n, 1, 1, 1)), "the same generator"),
+    "no order": (solarize(lambda x, t, acts: torch.where(acts & (x >= t), 1 - x, x), place=Transform.order), "order is 0"),
+    "after Normalize": (solarize(lambda x, t, acts: torch.where(acts & (x >= t), 1 - x, x), place=95), "order is 95"),
+    "right elsewhere": (solarize(lambda x, t, acts: torch.where(acts & (x >= t), 1 - x, x), place=45), None),
 }
 
 
@@ -765,10 +792,10 @@ def dihedral(make):
     return Dihedral
 
 
-def turns(n, g, k=4, mirrors=True):
+def turns(n, g, k=4, mirrors=True, lots=None):
     quarter, mirror = torch.tensor([[0., 1, 0], [-1, 0, 0], [0, 0, 1]]), torch.diag(torch.tensor([-1., 1, 1]))
     all_ways = [torch.linalg.matrix_power(quarter, i) @ torch.linalg.matrix_power(mirror, j) for i in range(k) for j in range(1 + mirrors)]
-    return torch.stack(all_ways)[torch.randint(len(all_ways), (n,), generator=g)]
+    return torch.stack(all_ways)[torch.randint(len(all_ways), (n,), generator=g) if lots is None else lots]
 
 
 def signs(n, g):
@@ -783,14 +810,17 @@ DIHEDRAL = {
     "any angle": (dihedral(lambda n, g: Rotate(180).draw(n, 6, 6, g)), "none of the eight"),
     "rarely": (dihedral(lambda n, g: torch.where(torch.rand(n, 1, 1, generator=g) < .5, turns(n, g), eye(n))), "equally likely"),
     "one draw": (dihedral(lambda n, g: turns(1, g).expand(n, 3, 3)), "never occur"),
+    "no lot": (dihedral(lambda n, g: turns(n, g, lots=torch.arange(n) % 8)), "another generator"), "a generator of its own": (dihedral(lambda n, g: turns(n, gen())), "another generator"),
     "no batch": (dihedral(lambda n, g: turns(1, g)[0]), "gave"),
 }
 
 
-def one_of(call):
+def one_of(call, place=40, valid=False):
     class OneOf(Transform):
+        order = place
         def __init__(self, *transforms): self.transforms = transforms
         def __call__(self, x, generator): return call(self.transforms, x, generator)
+        def for_valid(self): return self if valid else None
     return OneOf
 
 
@@ -816,7 +846,21 @@ def all_of(tfms, x, g):
     return x
 
 
+def all_then_select(tfms, x, g):
+    lots = torch.randint(len(tfms), (len(x),), generator=g)
+    return torch.stack([tfm(x, g) for tfm in tfms])[lots, torch.arange(len(x))]
+
+
+def shuffled(tfms, x, g):
+    out = x.clone()
+    for tfm, rows in zip(tfms, torch.randperm(len(x), generator=g).chunk(len(tfms))): out[rows] = tfm(x[rows], g)
+    return out
+
+
 ONE_OF = {
+    "all, then select": (one_of(all_then_select), "only the items"), "shuffled": (one_of(shuffled), "a lot for each item"),
+    "lots of its own": (one_of(lambda tfms, x, g: by_rows(tfms, x, g, torch.randint(len(tfms), (len(x),), generator=gen()))), "handed in"),
+    "no order": (one_of(by_rows, place=0), "order is 0"), "in validation": (one_of(by_rows, valid=True), "for_valid"),
     "right": (one_of(by_rows), None), "by parts": (one_of(by_parts), None),
     "one for all": (one_of(lambda tfms, x, g: tfms[int(torch.randint(len(tfms), (), generator=g))](x, g)), "equally likely"),
     "every one": (one_of(all_of), "exactly one"), "in turns": (one_of(lambda tfms, x, g: by_rows(tfms, x, g, torch.arange(len(x)) % len(tfms))), "independent"),

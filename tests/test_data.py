@@ -263,6 +263,13 @@ def test_normalize_measures_what_it_was_not_told():
     flat = torch.tensor([[7., 1.], [7., 3.]])                                     # a column that never changes; one row only
     tfm = Normalize(); tfm.setup(iter([flat])); like(tfm(flat), torch.tensor([[0., -1.], [0., 1.]]))
     tfm = Normalize(); tfm.setup(iter([flat[:1]])); like(tfm(flat[:1]), torch.zeros(1, 2))
+    for value in (.1, .3, .7, -5.3, 0.):                                          # its std, in float32, is a rounding error
+        still = torch.stack([torch.full((123_457,), value), torch.linspace(0, 1, 123_457)], 1)
+        tfm = Normalize(); tfm.setup(iter([still]))
+        like(tfm.std, torch.tensor([1., still[:, 1].std(correction=0)]), rtol=1e-5)
+        assert tfm(torch.tensor([[value + .1, 0.]]))[0, 0] < .2
+    tfm = Normalize(mean=[0., 0.]); tfm.setup(iter([torch.tensor([[0., float("nan")], [1e-45, 1.]])]))
+    assert tfm.std.tolist() == [1., 1.]                                           # a std of 0 or NaN divides nothing
     half = (torch.randn(64, 1, 40, 40) + 500).half()
     tfm = Normalize(); tfm.setup(iter([half])); like(tfm.mean, half.double().mean().float()[None], rtol=1e-5)
     with pytest.raises(TypeError, match="uint8.*to_float"): DataBlock(range, random_splitter(), abs, lambda i: torch.zeros(3, 2, 2).byte(), Normalize()).dataloaders(9, 3).one_batch()

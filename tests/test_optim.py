@@ -27,8 +27,10 @@ def seed(): torch.manual_seed(0)
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    "Slices of 64 numbers, so that small tests cut."
+    "Slices of 64 numbers, handed out as in 09a, so that small tests cut."
     monkeypatch.setattr(optim, "BLOCK", 64)
+    def in_slices(parts, rules): return one_by_one(sliced(parts) if all(getattr(r, "elementwise", False) for r in rules) else parts)
+    monkeypatch.setattr(Optimizer, "hand_out", staticmethod(in_slices))
 
 
 def close(a, b, **tol): torch.testing.assert_close(a, b, equal_nan=True, **tol)
@@ -300,8 +302,13 @@ def test_slices_are_views_in_the_order_of_memory(monkeypatch):
     pieces = list(sliced([part(p=wide, g=torch.ones_like(wide))]))
     assert len(pieces) == 3 and all(s.p.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr() for s in pieces)
     assert len(list(sliced([part(p=wide, g=torch.ones(2, 3, 4, 5))]))) == 1 and len(list(sliced([part(p=torch.rand(40, 6)[:, ::2])]))) == 1
-    assert [s.p.shape for s in runs([part(p=torch.rand(60, 2), g=torch.rand(60, 2))], [average])] == [(50,), (50,), (20,)]
-    assert [s.p.shape for s in runs([part(p=torch.rand(60, 2), g=torch.rand(60, 2))], [average, lambda s, h: None])] == [(60, 2)]
+
+
+def test_runs_cut_nothing_and_join_what_is_not_on_a_cpu():
+    def part(*shape, device): return SimpleNamespace(p=torch.rand(shape, device=device), g=torch.rand(shape, device=device), step=3, fresh=frozenset())
+    large, small, away = part(2, optim.BLOCK, device="cpu"), part(2, 2, device="cpu"), part(3, 2, device="meta")
+    assert [s.p.shape for s in runs([away, large, small], [average])] == [(2, optim.BLOCK), (2, 2), (6,)]
+    assert [s.p.shape for s in runs([away, large, small], [average, lambda s, h: None])] == [(3, 2), (2, optim.BLOCK), (2, 2)]
 
 
 def test_threads_change_no_bit_of_elementwise_rules():

@@ -22,12 +22,30 @@ def _photos(n: int = 400, side: int = 6) -> Tensor:
 
 def _matrices(tfm: Geometric, n: int, h: int, w: int, seed: int = 0) -> Tensor:
     "What `matrix` gives. Raises: AssertionError unless these are matrices, by the generator."
+    assert hasattr(tfm, "p"), "the base class was not set up: call super().__init__() first"
     found = [attempt(tfm.matrix, n, h, w, torch.Generator().manual_seed(seed)) for _ in range(2)]
     for m in found:
         assert torch.is_tensor(m) and m.shape == (n, 3, 3), \
             f"draw({n}, {h}, {w}, generator) gave {getattr(m, 'shape', m)}, not ({n}, 3, 3)"
     assert torch.equal(*found), "the same generator gave other matrices: draw only from it"
+    other = attempt(tfm.matrix, n, h, w, torch.Generator().manual_seed(seed + 1))
+    assert not torch.equal(other, found[0]), "another generator gave the same matrices: draw by it"
     return found[0].double()
+
+# %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #5e01c9d2
+def _left_out(tfm: Transform) -> None:
+    "Raises: AssertionError unless it goes before Normalize, and not into validation."
+    assert callable(tfm.for_valid), "for_valid is a method: def for_valid(self): return None"
+    assert tfm.for_valid() is None, "in validation it is left out: for_valid"
+    assert 0 < tfm.order < 90, f"order is {tfm.order}: go before Normalize (90), with such as 40"
+
+
+def _alone(tfm: Transform, x: Tensor) -> None:
+    "Raises: AssertionError unless a chance of .5 acts in batches of one, too."
+    lots = torch.Generator().manual_seed(1)
+    same = sum(torch.equal(attempt(tfm, x[:1], lots), x[:1]) for _ in range(100))
+    assert 25 < same < 75, (f"in batches of one, p = .5, {100 - same} of 100 were changed: "
+                            "a lot for each item, by the generator that is handed in")
 
 # %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #3dbf53d5
 @checker
@@ -35,7 +53,7 @@ def check_Shear(
     cls: type,  # your Shear(degrees): draw(n, h, w, generator) -> (n, 3, 3)
 ) -> None:
     "Check exercise 1. Raises: AssertionError with advice."
-    for degrees, h, w in ((30, 40, 40), (10, 30, 90), (45, 80, 20)):
+    for degrees, h, w in ((30, 40, 40), (10, 30, 90), (60, 80, 20)):
         tfm = attempt(cls, degrees)
         assert isinstance(tfm, Geometric), "make it a subclass: class Shear(Geometric)"
         m = _matrices(tfm, 2000, h, w)
@@ -55,6 +73,7 @@ def check_Shear(
             "between them with the same chance")
         uniform = abs(angle.std() - degrees/math.sqrt(3)) < .05*degrees
         assert uniform, "angles are not uniform: draw the angle by lot, then take its tangent"
+        assert len(angle.unique()) > 1000, "only some angles occur: draw any, not whole degrees"
 
 # %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #32b377c3
 @checker
@@ -67,10 +86,9 @@ def check_Solarize(
     for threshold, p in ((.5, 1.), (.7, .3), (.2, .5), (0., 1.), (.5, 0.)):
         tfm = attempt(cls, threshold, p)
         assert isinstance(tfm, Transform), "make it a subclass: class Solarize(Transform)"
-        outs = [attempt(tfm, x, torch.Generator().manual_seed(1)) for _ in range(2)]
-        got = outs[0]
+        got, again = (attempt(tfm, x, torch.Generator().manual_seed(1)) for _ in range(2))
         assert torch.is_tensor(got) and got.shape == x.shape, "the shape should stay as it is"
-        assert torch.equal(*outs), "the same generator gave another batch: draw only from it"
+        assert torch.equal(got, again), "the same generator gave another batch: draw only from it"
         assert torch.equal(x, before), "the given batch was changed in place: make a new one"
         want = torch.where(x >= threshold, 1 - x, x)
         turned, plain = ((got - y).abs().flatten(1).amax(1) < 1e-5 for y in (want, x))
@@ -80,7 +98,8 @@ def check_Solarize(
         assert abs(share - p) < .1, f"p is {p}, but {share:.0%} of the items were changed"
     edge = attempt(attempt(cls, .25, 1.), torch.full((2, 3, 2, 2), .25), torch.Generator())
     assert (edge == .75).all(), f"x = .25 at threshold .25 became {edge[0, 0, 0, 0]}, wanted .75: ≥"
-    assert attempt(cls, .5, 1.).for_valid() is None, "in validation it is left out: for_valid"
+    _alone(attempt(cls, 0., .5), x)
+    _left_out(tfm)
 
 # %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #f86ad64b
 @checker
@@ -114,6 +133,17 @@ class _Add(Transform):
         return x + self.number + 100*torch.rand(1, generator=generator).floor()
 
 
+def _few(cls: type, x: Tensor) -> None:
+    "Raises: AssertionError unless each of three transforms gets its share of batches of one."
+    lots, parts = torch.Generator().manual_seed(4), [_Add(1.), _Add(2.), _Add(3.)]
+    tfm = attempt(cls, *parts)
+    for _ in range(90): attempt(tfm, x[:1], lots)
+    alone = [len(part.calls) for part in parts]
+    assert min(alone) > 12, (f"in 90 batches of one the three transforms got {alone}: a lot for "
+                             "each item, by the generator that is handed in")
+    attempt(tfm, x[:2], lots)
+
+# %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #5f4bdacb
 @checker
 def check_OneOf(
     cls: type,  # your OneOf(*transforms): tfm(x, generator) -> x
@@ -140,9 +170,12 @@ def check_OneOf(
             f"of 900 items the {k} transforms got {counts}: all should be equally likely")
         assert all(len(part.calls) <= 2 for part in parts), (
             "give a transform all of its items at once, not one by one")
+        assert sum(sum(part.calls) for part in parts) == 2*len(x), (
+            "hand a transform only the items that fell to it, not the whole batch")
         runs = (number[1:] == number[:-1]).double().mean().item()
         assert abs(runs - 1/k) < .1 or k == 1, "neighbours are not independent: a lot for each item"
-    for n in (1, 2): attempt(attempt(cls, _Add(1.), _Add(2.), _Add(3.)), x[:n], torch.Generator())
+    _few(cls, x)
+    _left_out(tfm)
 
 # %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #398b28a0
 @checker

@@ -8,6 +8,7 @@ __all__ = ['check_stratified_splitter', 'check_group_splitter', 'check_FlipWithB
 import random
 from collections import Counter
 from collections.abc import Callable
+from zlib import crc32
 
 import torch
 
@@ -26,7 +27,25 @@ def _split_by(splitter, items, what: str) -> tuple[list, list]:
         f"{what}: each position from 0 to {len(items) - 1} belongs into exactly one of the lists"
     return train, valid
 
+# %% ../../nbs/exercises/08_data_block_exercises.ipynb #5e8a0c31
+class _Word(str):
+    "A word whose hash changes with the salt, as that of words does from process to process."
+    salt = 0
+    def __hash__(self) -> int: return crc32(f"{_Word.salt} {self}".encode())
 
+
+def _check_processes(make: Callable, items) -> None:
+    "The same split in every process, for the seed 0 as well? The words are those of _Word."
+    for seed in (0, 3):
+        splits = []
+        for salt in range(6):
+            _Word.salt = salt
+            splits.append(_split_by(attempt(make, seed), items, f"seed {seed}"))
+        assert all(split == splits[0] for split in splits), \
+            (f"seed {seed}: in another process, or asked again, the split is another: random.Random"
+             "(seed) for any seed, and mind that a set of words has another order in each run")
+
+# %% ../../nbs/exercises/08_data_block_exercises.ipynb #88c6f196
 def _check_lottery(make: Callable, items) -> None:
     "make(seed) -> splitter: the same for a seed, another for another, and nobody else disturbed."
     splitter = attempt(make, 3)
@@ -35,6 +54,7 @@ def _check_lottery(make: Callable, items) -> None:
         "a splitter must split alike each time it is called: make random.Random(seed) inside of it"
     second = _split_by(attempt(make, 3), items, "seed 3")
     assert first == second, "the same seed must give the same split: random.Random(seed)"
+    _check_processes(make, items)
     others = [_split_by(attempt(make, seed), items, f"seed {seed}") for seed in range(4, 9)]
     assert any(set(other[1]) != set(first[1]) for other in others), \
         "five other seeds gave the very same split: is it drawn by lot at all?"
@@ -45,18 +65,18 @@ def _check_lottery(make: Callable, items) -> None:
     assert random.random() == before, \
         "your lottery draws from Python's global generator: use one of its own, random.Random(seed)"
 
-
+# %% ../../nbs/exercises/08_data_block_exercises.ipynb #a0f42e61
 @checker
 def check_stratified_splitter(
-    func: Callable,  # your stratified_splitter(get_y, valid_share=.2, seed=None) -> splitter
+    func: Callable,  # your stratified_splitter(get_y, valid_share=.2, seed=0) -> splitter
 ) -> None:
     "Check exercise 1. Raises: AssertionError with advice."
     sizes = dict(cat=50, dog=23, emu=5, fox=1)
-    items = ItemList((kind, n) for kind, size in sizes.items() for n in range(size))
-    def get_y(item: tuple) -> str: return item[0]
+    items = ItemList((kind, n) for n in range(50) for kind, size in sizes.items() if n < size)
+    def get_y(item: tuple) -> str: return _Word(item[0])
     for share in (.2, .5, .9):
         _, valid = _split_by(attempt(func, get_y, share, 0), items, f"valid_share {share}")
-        counts = Counter(get_y(items[i]) for i in valid)
+        counts = Counter(items[i][0] for i in valid)
         for kind, size in sizes.items():
             want = min(round(share*size), size - 1)
             assert counts[kind] == want, \
@@ -65,38 +85,74 @@ def check_stratified_splitter(
     _check_lottery(lambda seed: func(get_y, .2, seed), items)
 
 # %% ../../nbs/exercises/08_data_block_exercises.ipynb #76c3eb89
+def _check_groups(func: Callable, group_of: Callable, items: ItemList, share: float) -> None:
+    "Whole groups, as many as are needed? For six seeds."
+    for seed in range(6):
+        what = f"valid_share {share}, seed {seed}"
+        train, valid = _split_by(attempt(func, group_of, share, seed), items, what)
+        kinds = [{group_of(items[i]) for i in part} for part in (train, valid)]
+        both = sorted(kinds[0] & kinds[1])
+        assert not both, f"{what}: {both[0]} stands on both sides: draw groups, not items"
+        held = Counter(group_of(items[i]) for i in valid)
+        assert len(valid) >= share*len(items), \
+            f"{what}: validation holds {len(valid)} of {len(items)} items, less than its share"
+        assert len(valid) - max(held.values()) < share*len(items), \
+            (f"{what}: validation holds {len(valid)} of {len(items)} items, too many: stop at "
+             "the group that reaches the share of items (not of groups)")
+
+# %% ../../nbs/exercises/08_data_block_exercises.ipynb #5e0b7d31
+def _check_refusal(func: Callable, group_of: Callable, share: float, items, what: str) -> None:
+    "A share that takes all groups is to be refused."
+    try: func(group_of, share, 0)(items)
+    except ValueError: return
+    except Exception as error:
+        raise AssertionError(f"{what}: {error!r}, not a ValueError") from error
+    raise AssertionError(f"{what}: nothing is left to train on: raise a ValueError")
+
+# %% ../../nbs/exercises/08_data_block_exercises.ipynb #c852873b
 @checker
 def check_group_splitter(
-    func: Callable,  # your group_splitter(group_of, valid_share=.2, seed=None) -> splitter
+    func: Callable,  # your group_splitter(group_of, valid_share=.2, seed=0) -> splitter
 ) -> None:
     "Check exercise 2. Raises: AssertionError with advice."
     sizes = [40, 1, 2, 30, 4, 10, 1, 8, 50, 3, 20, 6, 25]    # dogs with many photos, and few
     items = ItemList(f"dog{k}_{n}" for n in range(50) for k, size in enumerate(sizes) if n < size)
-    def group_of(item: str) -> str: return item.split("_")[0]
-    for share in (.05, .2, .6):
-        for seed in range(6):
-            what = f"valid_share {share}, seed {seed}"
-            train, valid = _split_by(attempt(func, group_of, share, seed), items, what)
-            kinds = [{group_of(items[i]) for i in part} for part in (train, valid)]
-            both = sorted(kinds[0] & kinds[1])
-            assert not both, f"{what}: {both[0]} stands on both sides: draw groups, not items"
-            held = Counter(group_of(items[i]) for i in valid)
-            assert len(valid) >= share*len(items), \
-                f"{what}: validation holds {len(valid)} of {len(items)} items, less than its share"
-            assert len(valid) - max(held.values()) < share*len(items), \
-                (f"{what}: validation holds {len(valid)} of {len(items)} items, too many: stop at "
-                 "the group that reaches the share of items (not of groups)")
+    def group_of(item: str) -> str: return _Word(item.split("_")[0])
+    for share in (.05, .2, .6): _check_groups(func, group_of, items, share)
     pairs = ItemList(f"dog{n//2}_{n}" for n in range(20))
     _, valid = _split_by(attempt(func, group_of, .2, 0), pairs, "ten groups of two, share .2")
     assert len(valid) == 4, f"ten groups of two, share .2: {len(valid)} items, but 4 are enough"
+    singles = ItemList(f"dog{n}_0" for n in range(10))
+    _, valid = _split_by(attempt(func, group_of, .25, 0), singles, "ten groups of one, share .25")
+    assert len(valid) == 3, \
+        f"ten groups of one, share .25: validation holds {len(valid)} items, and 2.5 are the least"
     _check_lottery(lambda seed: func(group_of, .2, seed), items)
-    try: func(lambda item: "one", .2, 0)(items)
-    except ValueError: return
-    except Exception as error:
-        raise AssertionError(f"one group only: {error!r}, not a ValueError") from error
-    raise AssertionError("with a single group nothing is left to train on: raise a ValueError")
+    _check_refusal(func, lambda item: "one", .2, items, "one group only")
+    uneven = ItemList(["dog0_0", *(f"dog1_{n}" for n in range(9))])
+    _check_refusal(func, group_of, .95, uneven, "groups of 1 and 9 items, valid_share .95")
 
 # %% ../../nbs/exercises/08_data_block_exercises.ipynb #0a3fcb01
+def _flips(tfm: Transform, x: torch.Tensor, y: torch.Tensor) -> list[bool]:
+    "Does the pair come out flipped, photo and box? For 400 generators."
+    moved, flips = torch.tensor([6., 0., 9., 2.]), []
+    for seed in range(400):
+        got = attempt(tfm, (x.clone(), y.clone()), torch.Generator().manual_seed(seed))
+        pair = isinstance(got, (tuple, list)) and len(got) == 2 and got[1] is not None
+        assert pair and isinstance(got[0], torch.Tensor), "return the pair (x, y)"
+        assert isinstance(got[1], torch.Tensor), \
+            f"the box should stay a tensor, as collate wants it, not {got[1]!r:.60}"
+        flipped = torch.equal(got[0], x.flip(-1))
+        assert flipped or torch.equal(got[0], x), "the photo is neither itself nor x.flip(-1)"
+        want = moved if flipped else y
+        box = got[1].tolist()
+        assert box == want.tolist(), \
+            (f"a photo 10 pixels wide, {'flipped' if flipped else 'not flipped'}: box {y.tolist()} "
+             f"became {box}, not {want.tolist()}")
+        flips.append(flipped)
+    assert .4 < sum(flips)/400 < .6, f"{sum(flips)/4:.0f} % of 400 were flipped, with p = 0.5"
+    return flips
+
+# %% ../../nbs/exercises/08_data_block_exercises.ipynb #2ed48753
 @checker
 def check_FlipWithBox(
     cls: type,  # your FlipWithBox(p=.5): tfm((x, y), generator) -> (x, y)
@@ -106,30 +162,18 @@ def check_FlipWithBox(
     assert isinstance(tfm, Transform), "make it a subclass: class FlipWithBox(Transform)"
     assert tfm.joint, "it is about photo and box together: set `joint = True`"
     x, y = torch.arange(2*3*10).view(2, 3, 10), torch.tensor([1., 0., 4., 2.])
-    mirror, moved, flips = x.flip(-1), torch.tensor([6., 0., 9., 2.]), []
-    for seed in range(400):
-        got = attempt(tfm, (x.clone(), y.clone()), torch.Generator().manual_seed(seed))
-        assert isinstance(got, (tuple, list)) and len(got) == 2, "return the pair (x, y)"
-        flipped = torch.equal(got[0], mirror)
-        assert flipped or torch.equal(got[0], x), "the photo is neither itself nor x.flip(-1)"
-        want = moved if flipped else y
-        box = torch.as_tensor(got[1]).tolist()
-        assert box == want.tolist(), \
-            (f"a photo 10 pixels wide, {'flipped' if flipped else 'not flipped'}: box {y.tolist()} "
-             f"became {box}, not {want.tolist()}")
-        flips.append(flipped)
-    assert .4 < sum(flips)/400 < .6, f"{sum(flips)/4:.0f} % of 400 were flipped, with p = 0.5"
-    for seed in range(60):
+    for seed, flipped in enumerate(_flips(tfm, x, y)[:60]):
         pair = x.clone(), y.clone()
         got = tfm(pair, torch.Generator().manual_seed(seed))[0]
-        assert torch.equal(got, mirror) == flips[seed], \
+        assert torch.equal(got, x.flip(-1)) == flipped, \
             "the same generator gave another result: draw with torch.rand((), generator=generator)"
         same = torch.equal(pair[0], x) and torch.equal(pair[1], y)
         assert same, "the given photo or box was changed in place: make new ones"
     for p in (0., 1.):
         for seed in range(50):
             got = attempt(cls, p)((x, y), torch.Generator().manual_seed(seed))[0]
-            assert torch.equal(got, mirror if p else x), f"with p = {p:g} chance should not matter"
+            right = torch.equal(got, x.flip(-1) if p else x)
+            assert right, f"p = {p:g}: {'every' if p else 'no'} photo should be flipped"
     assert not Pipeline(tfm).for_valid().tfms, \
         "in validation nothing should flip: `for_valid` returns None"
 
@@ -150,8 +194,10 @@ def check_FillMissing(
                       (torch.full((3,), nan), [3., 20., 3.]), (rows[3], [5., 0., 9.])):
         before = row.clone()
         got = attempt(tfm, row, chance)
-        assert torch.allclose(torch.as_tensor(got), torch.tensor(want)), \
-            (f"{before.tolist()} became {torch.as_tensor(got).tolist()}, not {want}: the mean of a "
+        alike = isinstance(got, torch.Tensor) and (got.shape, got.dtype) == (row.shape, row.dtype)
+        assert alike, f"a row {row!r:.60} became {got!r:.80}: give a tensor of its shape and dtype"
+        assert torch.allclose(got, torch.tensor(want)), \
+            (f"{before.tolist()} became {got.tolist()}, not {want}: the mean of a "
              "column is taken over the numbers that are there")
         assert torch.equal(row.isnan(), before.isnan()), "the given row was changed in place"
 
@@ -169,7 +215,7 @@ def check_predictions(
                  ones="two for every item")
     check_numbers(answer, truth, hints, rtol=0, atol=1e-6)
 
-
+# %% ../../nbs/exercises/08_data_block_exercises.ipynb #02f4eea6
 @checker
 def check_flattered(
     func: Callable,  # your flattered(accuracy, n, n_valid) -> what you measure
@@ -177,7 +223,10 @@ def check_flattered(
     "Check exercise 6. Raises: AssertionError with advice."
     for accuracy, n, n_valid in ((.6, 100, 20), (.6, 10, 5), (0., 4, 2), (.9, 13_394, 3_925)):
         share = (n - n_valid)/(n - 1)
-        want, got = share + (1 - share)*accuracy, float(attempt(func, accuracy, n, n_valid))
+        want, got = share + (1 - share)*accuracy, attempt(func, accuracy, n, n_valid)
+        try: got = float(got)
+        except (TypeError, ValueError, RuntimeError):
+            raise AssertionError(f"return a number, not {got!r:.40}") from None
         rough = (n - n_valid)/n
         assert n > 100 or abs(got - rough - (1 - rough)*accuracy) > 1e-6, \
             "almost: the twin is one of the *other* n - 1 photos"

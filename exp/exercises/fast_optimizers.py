@@ -26,7 +26,7 @@ def _one_case(func: Callable, p: torch.Tensor, size: int, case: str) -> None:
     gap = (p - before - 1).abs().max().item() if p.numel() else 0.
     assert gap == 0, f"{case}: adding 1 to all pieces did not add 1 to all of p: are they copies?"
 
-
+# %% ../../nbs/exercises/09a_fast_optimizers_exercises.ipynb #6ef6d59b
 @checker
 def check_pieces(
     func: Callable,  # your pieces(p, size)
@@ -38,6 +38,8 @@ def check_pieces(
     _one_case(func, x.view(6, 20).clone().T, 50, "a transposed matrix")
     wide = x.view(2, 3, 4, 5).clone().to(memory_format=torch.channels_last)
     _one_case(func, wide, 7, "a channels_last (2, 3, 4, 5) and size 7")
+    _one_case(func, x.clone().view(2, 3, 20).permute(2, 0, 1), 50, "a permuted (20, 2, 3)")
+    _one_case(func, x.clone()[20:80].view(6, 10), 7, "a matrix that starts inside a larger memory")
     _one_case(func, torch.tensor(3.), 7, "a single number, of no dimensions")
     _one_case(func, torch.zeros(0, 3), 7, "an empty tensor")
 
@@ -47,17 +49,21 @@ def check_sign_of_mean(
     func: Callable,  # your stepper sign_of_mean(s, h)
 ) -> None:
     "Check exercise 2. Raises: AssertionError with advice."
-    for shape in ((3,), (2, 2**18)):
+    for sign, shape in ((1., (3,)), (1., (2, 2**18)), (-1., (3,)), (-1., (2, 2**18))):
         p = torch.zeros(shape, requires_grad=True)
-        p.grad = torch.full(shape, -1.)
-        p.grad[0] = 4.                                    # the first row against the rest
+        p.grad = torch.full(shape, -sign)
+        p.grad[0] = 4.*sign                               # the first row against the rest
+        p.grad[..., -1] = -sign                           # so columns differ, too
         mean = p.grad.mean().sign().item()
         def step(): Optimizer([p], [], [func], lr=.5).step(); return True
         attempt(step)
         advice = "take the mean of the whole parameter: a rule without the mark sees all of it"
-        assert bool((p == -.5*mean).all()), f"a parameter {shape} moved otherwise: {advice}"
+        assert bool((p == -.5*mean).all()), (
+            f"a parameter {shape} with a mean of {p.grad.mean():g} moved otherwise: {advice}")
+    assert not getattr(func, "elementwise", False), (
+        "no mark: with it the rule may be handed a piece, whose mean may have another sign")
 
-
+# %% ../../nbs/exercises/09a_fast_optimizers_exercises.ipynb #e4e6aa80
 @checker
 def check_elementwise(
     answer: dict,  # name of a rule -> True or False
@@ -75,7 +81,7 @@ def check_elementwise(
         assert given is not None, f"no answer for {name!r} yet: give True or False"
         assert bool(given) == truth, f"{name!r} is another case: {why[name]}"
 
-
+# %% ../../nbs/exercises/09a_fast_optimizers_exercises.ipynb #a751ee46
 @checker
 def check_calls(
     answer: dict,  # number of the question -> number

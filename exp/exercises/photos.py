@@ -4,6 +4,7 @@
 __all__ = ['check_PadToSquare', 'check_fingerprint', 'check_break_even', 'check_predictions', 'check_magnification']
 
 # %% ../../nbs/exercises/08a_photos_exercises.ipynb #a1d2ea2b
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,15 @@ from PIL import Image
 
 from ..data import Transform
 from ..setup import attempt, check_numbers, checker
+
+# %% ../../nbs/exercises/08a_photos_exercises.ipynb #7d1f4b92
+def _check_floats(cls: type) -> None:
+    "Does PadToSquare pad floats with floats?"
+    x = torch.full((3, 2, 4), .25)
+    got = attempt(attempt(cls, .5), x, torch.Generator())
+    want = torch.tensor([.5, .25, .25, .5])[:, None].expand(3, 4, 4)
+    alike = isinstance(got, torch.Tensor) and got.dtype == x.dtype and torch.equal(got, want)
+    assert alike, "floats should stay floats, in the photo and around it"
 
 # %% ../../nbs/exercises/08a_photos_exercises.ipynb #c860de42
 @checker
@@ -39,8 +49,34 @@ def check_PadToSquare(
             assert rest == fill*2*(side*side - h*w), f"all around the photo there should be {fill}"
             assert got.dtype == x.dtype, f"bytes became {got.dtype}: they should stay bytes"
             assert torch.equal(x, before), "the given photo was changed in place"
+    _check_floats(cls)
+
+# %% ../../nbs/exercises/08a_photos_exercises.ipynb #44a1f0a4
+def _print_of(func: Callable, file: Path) -> int:
+    "A fingerprint as a number. Raises: AssertionError unless it is one, of 64 bits."
+    found = attempt(func, file)
+    try: number = None if isinstance(found, str) else int(found)
+    except (TypeError, ValueError, RuntimeError): number = None
+    assert number is not None, "return one whole number: its 64 bits are the answers"
+    assert number >= 0, \
+        f"{number} is negative: int64 has no room for 64 bits and a sign, use Python's int"
+    assert number < 2**64, f"{number} needs more than 64 bits"
+    return number
 
 
+def _check_ramps(func: Callable, file: Path) -> None:
+    "Pictures whose fingerprint is known: they grow darker in one direction; drawn into the file."
+    fade = np.linspace(250, 5, 180).astype(np.uint8)[None].repeat(160, 0)
+    for what, pixels, ones in (("darker to the right", fade, 64),
+                               ("brighter to the right", fade[:, ::-1].copy(), 0),
+                               ("darker downwards", fade.T[:160].copy(), 0)):
+        Image.fromarray(pixels).save(file)
+        got = _print_of(func, file).bit_count()
+        assert got == ones, (
+            f"a picture that grows {what} has {got} bits set, not {ones} of 64: is a pixel "
+            "brighter than its right neighbour? 9 wide, 8 high, and as int, for bytes wrap")
+
+# %% ../../nbs/exercises/08a_photos_exercises.ipynb #117f9b31
 @checker
 def check_fingerprint(
     func: Callable,  # your fingerprint(file) -> whole number below 2**64
@@ -48,17 +84,14 @@ def check_fingerprint(
     "Check exercise 2. Raises: AssertionError with advice."
     smooth = np.random.default_rng(0).integers(0, 256, (6, 7, 8, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as den:
+        _check_ramps(func, Path(den)/"ramp.png")
         prints = []
         for n, pixels in enumerate(smooth):
-            im, forms = Image.fromarray(pixels).resize((180, 160), Image.BICUBIC), {}
+            im = Image.fromarray(pixels).resize((180, 160), Image.BICUBIC)
             im.save(Path(den)/"a.png")
             im.save(Path(den)/"b.jpg", quality=80)
             im.resize((90, 80), Image.BILINEAR).save(Path(den)/"c.png")
-            for name in ("a.png", "b.jpg", "c.png"):
-                try: forms[name] = int(attempt(func, Path(den)/name))
-                except (TypeError, ValueError): raise AssertionError(
-                    "return one whole number: its 64 bits are the answers") from None
-                assert 0 <= forms[name] < 2**64, f"{forms[name]} needs more than 64 bits"
+            forms = {name: _print_of(func, Path(den)/name) for name in ("a.png", "b.jpg", "c.png")}
             for name in ("b.jpg", "c.png"):
                 differ = (forms["a.png"] ^ forms[name]).bit_count()
                 assert differ <= 8, f"photo {n} and itself as {name} differ in {differ} of 64 bits"
@@ -67,6 +100,19 @@ def check_fingerprint(
         for b in prints[:i]:
             differ = (a ^ b).bit_count()
             assert differ >= 12, f"two different photos differ in only {differ} of 64 bits"
+
+# %% ../../nbs/exercises/08a_photos_exercises.ipynb #e2c9a650
+def _call_in_time(func: Callable, *args) -> object:
+    "Call an answer that may loop for ever. Raises: TimeoutError after 2,500,000 lines of it."
+    left, before = 2_500_000, sys.gettrace()
+    def count(*event):
+        nonlocal left
+        left -= 1
+        if left < 0: raise TimeoutError("a loop that never ends?")
+        return count
+    sys.settrace(count)
+    try: return func(*args)
+    finally: sys.settrace(before)
 
 # %% ../../nbs/exercises/08a_photos_exercises.ipynb #f39151ac
 @checker
@@ -77,15 +123,16 @@ def check_break_even(
     cases = {(10., 5., 3.): 5, (10., 5., 2.): 4, (0., 5., 3.): 1, (9., 12., 2.): 1,
              (1., 2., 2.): None, (1., 2., 3.): None, (7., 1.5, 1.): 14}
     for numbers, want in cases.items():
-        try: got = func(*numbers)
+        try: got = _call_in_time(func, *numbers)
         except NotImplementedError: raise
         except Exception as error:
             raise AssertionError(f"break_even{numbers} raised {error!r}, not an epoch") from error
         why = f"build + n*with_cache ≤ n*without from n = {want} on" if want else "it never pays"
-        same = got is None if want is None else got is not None and float(got) == want
+        try: same = got is None if want is None else float(got) == want
+        except (TypeError, ValueError, RuntimeError): same = False
         assert same, f"break_even{numbers} is {got}, but {why}"
 
-
+# %% ../../nbs/exercises/08a_photos_exercises.ipynb #b3741c87
 @checker
 def check_predictions(
     answer: dict,  # with the keys byte_mb, float_mb, cache_mb, row_stride, overlap
@@ -116,4 +163,5 @@ def check_magnification(
         assert not inverse, f"low {low}: {got:.3f} is the mean of √a; things get larger by 1/√a"
         ratio = abs(got - grid.mean().item()**-.5) < .002 < abs(got - want)
         assert not ratio, f"low {low}: the mean of 1/√a is not 1/√(mean of a)"
-        assert abs(got/want - 1) < .01, f"low {low}: {got:.3f} is more than 1 % off"
+        assert abs(got/want - 1) < .01, \
+            f"low {low}: {got:.3f} is more than 1 % off; if you measured: draw ten times as often"

@@ -28,17 +28,18 @@ def check_attention_pool(
 ) -> None:
     "Check exercise 1. Raises: AssertionError with advice."
     torch.manual_seed(0)
-    outputs, scores = torch.randn(4, 6, 3).double(), 3*torch.randn(4, 6).double()
+    outputs, scores = torch.randn(4, 6, 3), 3*torch.randn(4, 6)
     lengths = torch.tensor([6, 1, 4, 3])
-    own = [(y[:n], s[:n].exp()) for y, s, n in zip(outputs, scores, lengths.tolist())]
+    own = [(y[:n].double(), s[:n].double().exp())
+           for y, s, n in zip(outputs, scores, lengths.tolist())]
     want = torch.stack([(s[:, None]*y).sum(0)/s.sum() for y, s in own])
     before = outputs.clone(), scores.clone()
     got = _rows_like(attempt(func, outputs, scores, lengths), (4, 3), "the pool")
     assert torch.equal(outputs, before[0]) and torch.equal(scores, before[1]), (
         "an argument was changed: make new tensors")
-    assert (got[0] - want[0]).abs().max() < 1e-6, (
+    assert (got[0] - want[0]).abs().max() < 1e-5, (
         "the first text has no padding, and is off: weights are exp of the scores over their sum")
-    assert (got - want).abs().max() < 1e-6, (
+    assert (got - want).abs().max() < 1e-5, (
         "texts with padding are off: only words before a text's length count")
     moved = scores + torch.tensor([[2000.], [-2000.], [0.], [900.]])     # each text by its own
     far = attempt(func, outputs, moved, lengths)
@@ -47,7 +48,11 @@ def check_attention_pool(
     out = torch.arange(6) >= lengths[:, None]
     wild = outputs.masked_fill(out[..., None], math.inf), scores.masked_fill(out, math.inf)
     assert (_rows_like(attempt(func, *wild, lengths), (4, 3), "infinite padding")
-            - want).abs().max() < 1e-6, "padding gets in: 0 times infinity is not 0"
+            - want).abs().max() < 1e-5, "padding gets in: 0 times infinity is not 0"
+    one = attempt(func, outputs[2:3], scores[2:3], lengths[2:3])     # padded, and alone
+    one = _rows_like(one, (1, 3), "a batch of one text with padding")
+    assert (one - want[2]).abs().max() < 1e-5, (
+        "a batch of one text, with columns that are all padding, is off")
     leaves = {"outputs": outputs.clone(), "scores": scores.clone()}
     for name, leaf in leaves.items():
         rest = {k: v for k, v in leaves.items() if k != name}
@@ -74,11 +79,12 @@ def check_match_by_beginning(
     func: Callable,  # your match_by_beginning(weight, old_vocab, new_vocab, at_least=4)
 ) -> None:
     "Check exercise 2. Raises: AssertionError with advice."
-    old = Vocab.of(["<unk>", "<pad>", "film", "filmmaker", "filmmakers", "actor", "act", "the"])
+    old = Vocab.of(["<unk>", "<pad>", "film", "filmmaker", "filmmakers", "actor", "act", "the",
+                    "react"])
     new = Vocab.of(["<unk>", "<pad>", "filmmaking", "film", "filmed", "actress", "theory", "fil",
                     "zoo"])
     torch.manual_seed(0)
-    weight = torch.randn(len(old), 3).double()
+    weight = torch.randn(len(old), 3)
     weight[1] = 0
     before = weight.clone()
     for at_least in (4, 3, 1):
@@ -86,15 +92,16 @@ def check_match_by_beginning(
         got = attempt(func, weight, old, new, at_least)
         got = _rows_like(got, want.shape, f"at_least = {at_least}")
         assert torch.equal(weight, before), "the old rows were changed: make a new tensor"
-        off = [word for word, a, b in zip(new.tokens, got, want) if (a - b).abs().max() > 1e-6]
+        off = [word for word, a, b in zip(new.tokens, got, want) if (a - b).abs().max() > 1e-5]
         advice = {"<unk>": "both know it: its own row", "<pad>": "both know it: its own row",
                   "film": "both know it: its own row, not a mean of those that begin like it",
                   "filmmaking": "filmmaker and filmmakers begin with filmmak, film does not",
                   "filmed": "film, filmmaker and filmmakers begin with film",
                   "actress": f"act(r)… with at_least {at_least}: the longest beginning that any "
-                             "old word has, or the mean of all rows but padding's",
-                  "fil": "three letters: with at_least 4 it has no beginning that long, and gets "
-                         "the mean of all rows but padding's",
+                             "old word has, or the mean of all rows but padding's; react does "
+                             "not begin with act",
+                  "fil": "three letters: with at_least 4 the mean of all rows but padding's; from "
+                         "3 down, film, filmmaker and filmmakers begin with it",
                   "zoo": "no old word begins alike: the mean of all rows but padding's"}
         assert not off, f"at_least = {at_least}, {off[0]!r}: " + advice.get(
             off[0], "the longest beginning of at least at_least letters counts")
@@ -102,6 +109,7 @@ def check_match_by_beginning(
 # %% ../../nbs/exercises/13_ulmfit_exercises.ipynb #2a21cd33
 _POOLS = {      # what is wrong with it -> outputs, lengths -> a row for each text
     "the mean counts padding": lambda y, n: y.mean(1),
+    "the sum counts padding that is not 0": lambda y, n: y.sum(1)/n[:, None],
     "the largest may be padding's": lambda y, n: y.amax(1),
     "the last column is not each text's last word": lambda y, n: y[:, -1],
     "all texts are as long as the first": lambda y, n: y[:, :int(n[0])].sum(1),
@@ -115,6 +123,13 @@ def _own_mean(outputs: Tensor, lengths: Tensor) -> Tensor:
     return outputs.masked_fill(~own, 0).sum(1)/lengths[:, None]
 
 
+def _own_last(outputs: Tensor, lengths: Tensor) -> Tensor:
+    return outputs[torch.arange(len(lengths)), lengths.long() - 1]
+
+
+_SOUND = {"a mean over own words": _own_mean, "each text's own last word": _own_last}
+
+
 def _breaks(pool: Callable, outputs: Tensor, lengths: Tensor) -> bool:
     "Is there a row that is not that of its text alone?"
     rows = [pool(outputs[i:i + 1, :n], lengths[i:i + 1]) for i, n in enumerate(lengths.tolist())]
@@ -126,13 +141,16 @@ def check_break_the_law(
     func: Callable,  # your break_the_law(pool) -> (outputs, lengths), or False
 ) -> None:
     "Check exercise 3. Raises: AssertionError with advice."
-    assert attempt(func, _own_mean) is False, "a mean over own words holds the law: return False"
+    for sound, pool in _SOUND.items():
+        assert attempt(func, pool) is False, (
+            f"{sound} holds the law, but for rounding: compare pool with pool of the same text "
+            "alone, by torch.allclose, and return False")
     for wrong, pool in _POOLS.items():
         found = attempt(func, pool)
         assert found is not False, f"the law was broken, and you found nothing: {wrong}"
-        kinds = [tuple(getattr(x, "shape", ())) or type(x).__name__ for x in found] if isinstance(
-            found, (tuple, list)) else type(found).__name__
-        assert [len(kind) for kind in kinds if isinstance(kind, tuple)] == [3, 1], (
+        kinds = [isinstance(x, Tensor) and tuple(x.shape) or type(x).__name__
+                 for x in found] if isinstance(found, (tuple, list)) else type(found).__name__
+        assert [isinstance(kind, tuple) and len(kind) for kind in kinds] == [3, 1], (
             f"return outputs (bs, seq, d) and lengths (bs,) as tensors, or False, not {kinds}")
         outputs, lengths = found
         assert not lengths.is_floating_point(), "lengths: whole numbers"
@@ -163,15 +181,17 @@ def check_labels_worth(
     "Check exercise 5. Raises: AssertionError with advice."
     labels, accuracies = [100, 500, 2500, 25_000], [52., 60., 75., 88.]
     def answer(target: float) -> float:
-        got = attempt(func, labels, accuracies, target)
+        given = [*labels], [*accuracies]
+        got = attempt(func, *given, target)
+        assert given == (labels, accuracies), "an argument was changed: copy the lists first"
         try: return float(got)
         except (TypeError, ValueError): raise AssertionError(
             f"return a number, not {got!r:.40}") from None
     for n, accuracy in zip(labels, accuracies):
         got = answer(accuracy)
-        assert abs(got - n) < .5, f"{accuracy} was reached with {n:,} labels, not {got:,.0f}"
+        assert abs(got - n) <= 1, f"{accuracy} was reached with {n:,} labels, not {got:,.0f}"
     assert answer(90.) == math.inf, "90 was not reached with any number of labels: math.inf"
-    assert abs(answer(40.) - 100) < .5, "40 was reached with the first number of labels already"
+    assert abs(answer(40.) - 100) <= 1, "40 was reached with the first number of labels already"
     for target, a, b, share in ((56., 100, 500, .5), (63.75, 500, 2500, .25),
                                 (81.5, 2500, 25_000, .5)):
         got, want = answer(target), a*(b/a)**share

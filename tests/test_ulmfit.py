@@ -471,10 +471,10 @@ def test_attribution_names_every_token_and_the_word_that_decides_speaks_for_it(t
 def test_more_steps_bring_the_sum_closer(trained):
     model = copy.deepcopy(trained.model)
     torch.manual_seed(0)
-    for p in model.parameters(): nn.init.normal_(p, 0, .5)
+    for p in model.parameters(): nn.init.normal_(p, 0, .3)
     learn, text = Learner(model, trained.dls, cross_entropy, quiet=True, device="cpu"), "This film was boring and lovely and funny and dull."
     exact, few, many = (sum(effect for _, effect in U.attribution(learn, text, steps)) for steps in (512, 2, 64))
-    assert abs(many - exact) < .25*abs(few - exact) + 1e-3                # rounding differs from machine to machine
+    assert abs(many - exact) < .1*abs(few - exact) + 1e-3
 
 
 def test_attribution_uses_the_average_of_an_ema(trained):

@@ -60,7 +60,7 @@ class _Norm(nn.Module):
         "`centre`, for more than one value. Raises: ValueError."
         if math.prod(x.shape[i] for i in dims) < 2: raise ValueError(
             f"Expected more than 1 value per mean, got {tuple(x.shape)}: use larger batches (mind "
-            "the last one), evaluation mode, or a norm that needs no batch, such as GroupNorm")
+            "the last one), evaluation mode, or a norm that needs no batch, such as LayerNorm")
         return centre(x, dims)
 
     def extra_repr(self) -> str:

@@ -91,7 +91,8 @@ STRATIFIED = {
     "no lot": (stratified(lot=NoLot), "lot"), "global chance": (stratified(lot=Global), "global"), "generator outside": (stratified(once=True), "each time"),
     "seed ignored": (stratified(lot=unseeded_lot), "each time"), "fixed seed": (stratified(lot=fixed_lot), "lot"),
     "sorted set": (stratified(collect=by_sorted_set), None), "np.unique": (stratified(collect=by_unique), None), "order of a set": (stratified(collect=by_set), "process"),
-    "all but seed 0": (stratified(lot=lot_but_for_0), "seed 0"), "groupby, not sorted": (stratified(collect=by_neighbours), "class cat of 50")}
+    "all but seed 0": (stratified(lot=lot_but_for_0), "seed 0"), "groupby, not sorted": (stratified(collect=by_neighbours), "class cat of 50"),
+    "sets": (stratified(form=set), "two lists")}
 
 
 # --- 08, 2: group_splitter ---------------------------------------------------------------------------------------------------
@@ -144,6 +145,18 @@ def one_group_guard(group_of, valid_share=.2, seed=None):
     return guarded
 
 
+def by_names(group_of, valid_share=.2, seed=None):
+    def split(items):
+        names, chosen, held = [group_of(item) for item in items], set(), 0
+        for name in np.random.default_rng(seed).permutation(np.unique(names)):
+            if held >= valid_share*len(items): break
+            chosen.add(name)
+            held += names.count(name)
+        if held == len(items): raise ValueError("nothing is left")
+        return [i for i, name in enumerate(names) if name not in chosen], [i for i, name in enumerate(names) if name in chosen]
+    return split
+
+
 GROUPS = {
     "right": (grouped(), None), "by sets": (by_sets, None), "numpy": (grouped(lot=numpy_lot, form=np.array), None),
     "share of groups": (grouped(by_groups=True), "validation holds"), "one group too few": (grouped(lambda held, share: held >= share - .1), "less than its share"),
@@ -151,7 +164,8 @@ GROUPS = {
     "one group refused, two not": (one_group_guard, "1 and 9"),
     "global chance": (grouped(lot=Global), "global"), "generator outside": (grouped(once=True), "each time"), "no lot": (smallest_first, "lot"),
     "rounded up": (grouped(least=math.ceil), None), "sorted set": (grouped(collect=by_sorted_set), None), "order of a set": (grouped(collect=by_set), "process"),
-    "all but seed 0": (grouped(lot=lot_but_for_0), "seed 0"), "rounded down": (grouped(least=int), "2.5"), "rounded": (grouped(least=round), "2.5")}
+    "all but seed 0": (grouped(lot=lot_but_for_0), "seed 0"), "rounded down": (grouped(least=int), "2.5"), "rounded": (grouped(least=round), "2.5"),
+    "names of np.unique": (by_names, None), "sets": (grouped(form=set), "two lists")}
 
 
 # --- 08, 3: FlipWithBox ------------------------------------------------------------------------------------------------------
@@ -203,7 +217,8 @@ FLIP = {
     "in place": (flip(box_in_place), "in place"), "not joint": (flip(right_flip, is_joint=False), "joint"), "in validation": (flip(right_flip, valid=True), "for_valid"),
     "photo alone": (flip(lambda x, y: x.flip(-1)), "pair"), "no box": (flip(lambda x, y: (x.flip(-1), None)), "pair"), "python's chance": (flip(right_flip, draw=lambda g: random.random()), "generator"),
     "global chance": (flip(right_flip, draw=lambda g: torch.rand(())), "generator"), "box as a tuple": (flip(lambda x, y: (x.flip(-1), tuple(right_flip(x, y)[1].tolist()))), "stay a tensor"),
-    "other side of p": (OtherSide, "no photo")}
+    "other side of p": (OtherSide, "no photo"), "for_valid = None": (type("F", (flip(right_flip),), {"for_valid": None}), "for_valid is a method"),
+    "whole numbers": (flip(lambda x, y: (x.flip(-1), right_flip(x, y)[1].int())), "dtype")}
 
 
 # --- 08, 4: FillMissing ------------------------------------------------------------------------------------------------------
@@ -337,6 +352,21 @@ def prints(compare=brighter, size=(9, 8), filter=Image.BILINEAR, finish=number):
 
 def resized_first(file): return number(brighter(np.array(Image.open(file).resize((9, 8), Image.BILINEAR).convert("L")).astype(int)))
 def bytes_that_wrap(file): return number(grey(file)[:, :-1] - grey(file)[:, 1:] > 0)
+def of_red(file): return number(brighter(np.array(Image.open(file).convert("RGB").resize((9, 8), Image.BILINEAR))[..., 0].astype(int)))
+
+
+def thumbnail(file):
+    im = Image.open(file).convert("L")
+    im.thumbnail((9, 8))
+    return number(brighter(np.array(im).astype(int)))
+
+
+def of_a_square(file):
+    im = Image.open(file).convert("L")
+    side = min(im.size)
+    return number(brighter(np.array(im.crop((0, 0, side, side)).resize((9, 8), Image.BILINEAR)).astype(int)))
+
+
 def digest(file): return int.from_bytes(hashlib.sha256(open(file, "rb").read()).digest()[:8], "big")
 
 
@@ -346,7 +376,8 @@ FINGERPRINT = {
     "average": (prints(lambda a: a > a.mean(), (8, 8)), "neighbour"), "neighbours below": (prints(lambda a: a[:-1] > a[1:], (8, 9)), "neighbour"), "9 × 9": (prints(size=(9, 9)), "64"),
     "8 wide, 9 high": (prints(size=(8, 9)), "9 wide"), "darker": (prints(lambda a: a[:, :-1] < a[:, 1:]), "brighter"), "bytes that wrap": (bytes_that_wrap, "neighbour"),
     "bytes": (prints(finish=lambda bits: number(bits).to_bytes(8, "big")), "whole number"), "text": (prints(finish=lambda bits: f"{number(bits):064b}"), "whole number"),
-    "list": (prints(finish=lambda bits: bits.ravel().tolist()), "whole number"), "int64": (prints(finish=lambda bits: (bits.ravel()*2**np.arange(64)).sum()), "negative")}
+    "list": (prints(finish=lambda bits: bits.ravel().tolist()), "whole number"), "int64": (prints(finish=lambda bits: (bits.ravel()*2**np.arange(64)).sum()), "negative"),
+    "red alone": (of_red, "more red"), "thumbnail": (thumbnail, "bits set"), "a corner": (of_a_square, "bits set")}
 
 
 # --- 08a, 3 to 5: break_even, predictions, magnification ---------------------------------------------------------------------

@@ -53,7 +53,8 @@ LION = {
     "m first": (lion("m first"), "old m"), "one beta": (lion("one beta"), "β"), "betas swapped": (lion("swapped"), "β"),
     "sign of g": (lion("sign of g"), "sign"), "no sign": (lion(sign=False), "sign"), "a list": (lambda ps, **options: [1], "Optimizer"),
     "l2": (lion(wd="l2"), "decay"), "decay after": (lion(wd="after"), "decay"), "no decay": (lion(wd="none"), "decay"), "one memory for all": (shared_lion, "m"),
-    "betas ignored": (lambda ps, lr=1e-4, betas=None, weight_decay=0.: lion()(ps, lr, (.9, .99), weight_decay), "β")}
+    "betas ignored": (lambda ps, lr=1e-4, betas=None, weight_decay=0.: lion()(ps, lr, (.9, .99), weight_decay), "β"),
+    "defaults of Adam": (lambda ps, lr=1e-3, betas=(.9, .999), weight_decay=0.: lion()(ps, lr, betas, weight_decay), "defaults")}
 
 
 # --- 09, 2: adamax -----------------------------------------------------------------------------------------------------------
@@ -158,6 +159,7 @@ SPLIT = {
     "no second decay": (without_second_decay, "weight_decay"), "decay for all": (lambda model, wd: [g | {"weight_decay": wd} for g in halves(trained(model), wd)], "weight_decay"),
     "fixed decay": (lambda model, wd: halves(trained(model), .01), "weight_decay"), "linear layers only": (lambda model, wd: halves(trained(model), wd, lambda p: p.ndim == 2), "ndim"),
     "lists": (lambda model, wd: [g["params"] for g in halves(trained(model), wd)], "dict"), "no params": (lambda model, wd: [{"parameters": []}, {}], "params"),
+    "sets": (lambda model, wd: [g | {"params": {*g["params"]}} for g in halves(trained(model), wd)], "a set"),
     "own key": (lambda model, wd: [{"params": g["params"], "wd": g["weight_decay"]} for g in halves(trained(model), wd)], "weight_decay")}
 
 
@@ -209,7 +211,8 @@ def no_rate(s, h): s.p.sub_(s.g.mean().sign())
 
 SIGN = {
     "always down": (moved_by(lambda g: 1.), "mean"), "only if above": (moved_by(lambda g: (g.mean() > 0).float()), "mean"), "of sizes": (moved_by(lambda g: g.abs().mean().sign()), "mean"),
-    "of the norm": (moved_by(lambda g: g.norm().sign()), "mean"), "largest": (moved_by(lambda g: g.max().sign()), "mean"), "columns": (moved_by(lambda g: g.mean(0).sign()), "mean"),
+    "of the norm": (moved_by(lambda g: g.norm().sign()), "mean"), "largest": (moved_by(lambda g: g.max().sign()), "mean"), "first": (moved_by(lambda g: g.flatten()[0].sign()), "mean"), "largest size": (moved_by(lambda g: g.flatten()[g.abs().argmax()].sign()), "mean"),
+    "first piece": (moved_by(lambda g: g.flatten()[:2**18].mean().sign()), "mean"), "by if, one of two": (moved_by(lambda g: 1. if g.mean() > 0 else -1.), "sign of 0"), "a cube": (moved_by(lambda g: (g**3).mean().sign()), "mean"), "columns": (moved_by(lambda g: g.mean(0).sign()), "mean"),
     "right": (moved_by(lambda g: g.mean().sign()), None), "sum": (moved_by(lambda g: g.sum().sign()), None), "by if": (by_if, None), "assigned": (assigned, None),
     "marked": (elementwise(moved_by(lambda g: g.mean().sign())), "mark"), "mean of signs": (moved_by(lambda g: g.sign().mean()), "mean"),
     "each sign": (moved_by(torch.sign), "mean"), "median": (moved_by(lambda g: g.median().sign()), "mean"), "majority": (moved_by(lambda g: g.sign().sum().sign()), "mean"),

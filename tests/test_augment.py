@@ -737,6 +737,8 @@ SHEAR = {
     "no lot": (shear((0, 1), lambda d, n, h, w, g: h/w*torch.linspace(-d, d, n).deg2rad().tan()), "another generator"),
     "whole degrees": (shear((0, 1), lambda d, n, h, w, g: h/w*torch.randint(-d, d + 1, (n,), generator=g).deg2rad().tan()), "whole degrees"),
     "uniform tangent": (shear((0, 1), lambda d, n, h, w, g: h/w*math.tan(math.radians(d))*lot((n, 2), g)[:, 0]), "not uniform"),
+    "the same in every batch": (shear((0, 1), lambda d, n, h, w, g: h/w*(math.radians(d)*lot(n, gen(g.initial_seed()))).tan()), "batches of one"),
+    "w/h": (shear((0, 1), lambda d, n, h, w, g: w/h*(math.radians(d)*lot(n, g)).tan()), "halves of the width"),
     "no base class": (shear((0, 1), lambda d, n, h, w, g: h/w*(math.radians(d)*lot(n, g)).tan(), base=False), "super"),
 }
 
@@ -811,7 +813,7 @@ DIHEDRAL = {
     "rarely": (dihedral(lambda n, g: torch.where(torch.rand(n, 1, 1, generator=g) < .5, turns(n, g), eye(n))), "equally likely"),
     "one draw": (dihedral(lambda n, g: turns(1, g).expand(n, 3, 3)), "never occur"),
     "no lot": (dihedral(lambda n, g: turns(n, g, lots=torch.arange(n) % 8)), "another generator"), "a generator of its own": (dihedral(lambda n, g: turns(n, gen())), "another generator"),
-    "no batch": (dihedral(lambda n, g: turns(1, g)[0]), "gave"),
+    "no batch": (dihedral(lambda n, g: turns(1, g)[0]), "gave"), "a permutation": (dihedral(lambda n, g: turns(n, g, lots=torch.randperm(n, generator=g) % 8)), "batches of one"),
 }
 
 
@@ -866,7 +868,8 @@ ONE_OF = {
     "every one": (one_of(all_of), "exactly one"), "in turns": (one_of(lambda tfms, x, g: by_rows(tfms, x, g, torch.arange(len(x)) % len(tfms))), "independent"),
     "item by item": (one_of(one_by_one), "all of its items at once"), "empty calls": (one_of(lambda tfms, x, g: by_rows(tfms, x, g, ask_empty=True)), "no item"),
     "no generator": (one_of(lambda tfms, x, g: tfms[0](x, None)), "hand the generator on"), "global chance": (one_of(lambda tfms, x, g: by_rows(tfms, x, g, torch.randint(len(tfms), (len(x),)))), "the same generator"),
-    "returns None": (one_of(lambda tfms, x, g: None), "return"),
+    "returns None": (one_of(lambda tfms, x, g: None), "return"), "another one handed on": (one_of(lambda tfms, x, g: by_rows([lambda y, _, t=t: t(y, gen()) for t in tfms], x, g)), "came in"),
+    "order is None": (one_of(by_rows, place=None), "order is None"),
 }
 CASES = [(kind, name, *case) for kind, cases in (("Shear", SHEAR), ("Solarize", SOLARIZE), ("Dihedral", DIHEDRAL), ("OneOf", ONE_OF)) for name, case in cases.items()]
 

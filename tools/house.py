@@ -239,7 +239,9 @@ def lesson_map(inside_nbs: bool = False) -> str:
         link = path.name if inside_nbs else f"nbs/{path.name}"
         rows.append([f"[{title(path)}]({link})", modules, builds, papers(read(path)), f"{reading_minutes(path)} minutes", time,
                      result(path.stem, False), result(path.stem, True)])
-    return grid(["lesson", "module", "builds", "papers", "to read", "to run", "result on a CPU", "result on a GPU"], rows)
+    head = ["lesson", "module", "builds", "papers", "to read", "to run", "result on a CPU", "result on a GPU"]
+    if any(row[-1] not in ("", "not yet measured") for row in rows): return grid(head, rows)
+    return grid([*head[:-2], "result on a CPU (on a GPU: not yet measured)"], [row[:-1] for row in rows])
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:

@@ -30,6 +30,11 @@ def _matrices(tfm: Geometric, n: int, h: int, w: int, seed: int = 0) -> Tensor:
     assert torch.equal(*found), "the same generator gave other matrices: draw only from it"
     other = attempt(tfm.matrix, n, h, w, torch.Generator().manual_seed(seed + 1))
     assert not torch.equal(other, found[0]), "another generator gave the same matrices: draw by it"
+    lots = torch.Generator().manual_seed(seed)
+    ones = torch.cat([attempt(tfm.matrix, 1, h, w, lots) for _ in range(40)])
+    assert len(ones.unique(dim=0)) > 1, (
+        "in batches of one the same matrix comes again and again: a lot for each item, by the "
+        "generator that is handed in, which moves on")
     return found[0].double()
 
 # %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #5e01c9d2
@@ -37,7 +42,8 @@ def _left_out(tfm: Transform) -> None:
     "Raises: AssertionError unless it goes before Normalize, and not into validation."
     assert callable(tfm.for_valid), "for_valid is a method: def for_valid(self): return None"
     assert tfm.for_valid() is None, "in validation it is left out: for_valid"
-    assert 0 < tfm.order < 90, f"order is {tfm.order}: go before Normalize (90), with such as 40"
+    early = isinstance(tfm.order, (int, float)) and 0 < tfm.order < 90
+    assert early, f"order is {tfm.order!r}: go before Normalize (90), with such as 40"
 
 
 def _alone(tfm: Transform, x: Tensor) -> None:
@@ -46,6 +52,24 @@ def _alone(tfm: Transform, x: Tensor) -> None:
     same = sum(torch.equal(attempt(tfm, x[:1], lots), x[:1]) for _ in range(100))
     assert 25 < same < 75, (f"in batches of one, p = .5, {100 - same} of 100 were changed: "
                             "a lot for each item, by the generator that is handed in")
+
+# %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #7c41e0d9
+def _check_angles(slope: Tensor, degrees: float, h: int, w: int) -> None:
+    "Raises: AssertionError unless these slopes are of angles by lot, true in pixels."
+    where = f"Shear({degrees}) on {h}×{w}"
+    units = "x counts halves of the width, y halves of the height"
+    angle, flat = ((slope*unit).atan()*180/math.pi for unit in (w/h, 1))
+    assert h == w or abs(flat.abs().max() - degrees) > .05*degrees, (
+        f"{where}: the angle is not true in pixels: {units}")
+    most = angle.abs().max().item()
+    assert most < degrees + .01, (
+        f"{where} leans by {most:.1f}°: degrees, not radians; and {units}")
+    assert most > .97*degrees and abs(angle.mean()) < .1*degrees, (
+        f"{where}: angles should reach both {-degrees} and {degrees}, and every one between them "
+        "with the same chance")
+    uniform = abs(angle.std() - degrees/math.sqrt(3)) < .05*degrees
+    assert uniform, "angles are not uniform: draw the angle by lot, then take its tangent"
+    assert len(angle.unique()) > 1000, "only some angles occur: draw any, not whole degrees"
 
 # %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #3dbf53d5
 @checker
@@ -62,18 +86,7 @@ def check_Shear(
         rest[:, 0, 1] = 0
         assert (rest - torch.eye(3)).abs().max() < 1e-5, (
             "only x changes, and only by y: the identity but for row 0, column 1")
-        angle, flat = ((m[:, 0, 1]*unit).atan()*180/math.pi for unit in (w/h, 1))
-        assert h == w or abs(flat.abs().max() - degrees) > .05*degrees, (
-            f"on {h}×{w} the angle is not true in pixels: x counts halves of the width, y halves "
-            "of the height")
-        most = angle.abs().max().item()
-        assert most < degrees + .01, f"Shear({degrees}) leans by {most:.1f}°"
-        assert angle.abs().max() > .97*degrees and abs(angle.mean()) < .1*degrees, (
-            f"Shear({degrees}): angles should reach both {-degrees} and {degrees}, and every one "
-            "between them with the same chance")
-        uniform = abs(angle.std() - degrees/math.sqrt(3)) < .05*degrees
-        assert uniform, "angles are not uniform: draw the angle by lot, then take its tangent"
-        assert len(angle.unique()) > 1000, "only some angles occur: draw any, not whole degrees"
+        _check_angles(m[:, 0, 1], degrees, h, w)
 
 # %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #32b377c3
 @checker
@@ -125,11 +138,12 @@ def check_Dihedral(
 # %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #fae16cfb
 class _Add(Transform):
     "Adds a number, and notes what it was given."
-    def __init__(self, number: float): self.number, self.calls = number, []
+    def __init__(self, number: float): self.number, self.calls, self.by = number, [], []
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         assert isinstance(generator, torch.Generator), "hand the generator on: (x, generator)"
         assert len(x), "a transform was called with no item: leave it out where none fell to it"
         self.calls.append(len(x))
+        self.by.append(generator)
         return x + self.number + 100*torch.rand(1, generator=generator).floor()
 
 
@@ -143,6 +157,20 @@ def _few(cls: type, x: Tensor) -> None:
                              "each item, by the generator that is handed in")
     attempt(tfm, x[:2], lots)
 
+# %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #2be85f16
+def _check_shares(parts: list, number: Tensor) -> None:
+    "Raises: AssertionError unless items fell to the parts by lot, and each got its own at once."
+    k, n = len(parts), len(number)
+    counts = [int((number == i + 1).sum()) for i in range(k)]
+    assert min(counts) > n/k*.8, (
+        f"of {n} items the {k} transforms got {counts}: all should be equally likely")
+    assert all(len(part.calls) <= 2 for part in parts), (
+        "give a transform all of its items at once, not one by one")
+    assert sum(sum(part.calls) for part in parts) == 2*n, (
+        "hand a transform only the items that fell to it, not the whole batch")
+    runs = (number[1:] == number[:-1]).double().mean().item()
+    assert abs(runs - 1/k) < .1 or k == 1, "neighbours are not independent: a lot for each item"
+
 # %% ../../nbs/exercises/09b_augmentation_exercises.ipynb #5f4bdacb
 @checker
 def check_OneOf(
@@ -155,7 +183,10 @@ def check_OneOf(
         parts = [_Add(i + 1.) for i in range(k)]
         tfm = attempt(cls, *parts)
         assert isinstance(tfm, Transform), "make it a subclass: class OneOf(Transform)"
-        outs = [attempt(tfm, x, torch.Generator().manual_seed(3)) for _ in range(2)]
+        lots = [torch.Generator().manual_seed(3) for _ in range(2)]
+        outs = [attempt(tfm, x, g) for g in lots]
+        assert all(g in lots for part in parts for g in part.by), (
+            "hand on the generator that came in, not one of your own")
         got = outs[0]
         assert torch.is_tensor(got) and got.shape == x.shape, "the shape should stay as it is"
         assert torch.equal(x, before), "the given batch was changed in place: make a new one"
@@ -165,15 +196,7 @@ def check_OneOf(
         each = (moved - number[:, None]).abs().max() < 1e-3 and set(number.tolist()) <= set(
             range(1, k + 1))
         assert each, "an item got no transform, or more than one: exactly one each"
-        counts = [int((number == i + 1).sum()) for i in range(k)]
-        assert min(counts) > 900/k*.8, (
-            f"of 900 items the {k} transforms got {counts}: all should be equally likely")
-        assert all(len(part.calls) <= 2 for part in parts), (
-            "give a transform all of its items at once, not one by one")
-        assert sum(sum(part.calls) for part in parts) == 2*len(x), (
-            "hand a transform only the items that fell to it, not the whole batch")
-        runs = (number[1:] == number[:-1]).double().mean().item()
-        assert abs(runs - 1/k) < .1 or k == 1, "neighbours are not independent: a lot for each item"
+        _check_shares(parts, number)
     _few(cls, x)
     _left_out(tfm)
 

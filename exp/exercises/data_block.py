@@ -8,6 +8,8 @@ __all__ = ['check_stratified_splitter', 'check_group_splitter', 'check_FlipWithB
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 from zlib import crc32
 
 import torch
@@ -19,7 +21,9 @@ from ..setup import attempt, check_numbers, checker
 def _split_by(splitter, items, what: str) -> tuple[list, list]:
     "Call a splitter, and check that it returns a partition."
     result = attempt(splitter, items)
-    try: train, valid = ([int(i) for i in part] for part in result)
+    try:
+        parts = [None if isinstance(part, (set, frozenset)) else part for part in result]
+        train, valid = ([int(i) for i in part] for part in parts)
     except (TypeError, ValueError):
         raise AssertionError(f"{what}: return two lists of positions, training and validation, not "
                              f"{result!r:.60}") from None
@@ -28,10 +32,13 @@ def _split_by(splitter, items, what: str) -> tuple[list, list]:
     return train, valid
 
 # %% ../../nbs/exercises/08_data_block_exercises.ipynb #5e8a0c31
-class _Word(str):
-    "A word whose hash changes with the salt, as that of words does from process to process."
-    salt = 0
-    def __hash__(self) -> int: return crc32(f"{_Word.salt} {self}".encode())
+@dataclass(order=True, repr=False)
+class _Word:
+    "A label whose hash changes with the salt, as that of words does from process to process."
+    text: str
+    salt: ClassVar[int] = 0
+    def __hash__(self) -> int: return crc32(f"{_Word.salt} {self.text}".encode())
+    def __repr__(self) -> str: return self.text
 
 
 def _check_processes(make: Callable, items) -> None:
@@ -73,7 +80,7 @@ def check_stratified_splitter(
     "Check exercise 1. Raises: AssertionError with advice."
     sizes = dict(cat=50, dog=23, emu=5, fox=1)
     items = ItemList((kind, n) for n in range(50) for kind, size in sizes.items() if n < size)
-    def get_y(item: tuple) -> str: return _Word(item[0])
+    def get_y(item: tuple) -> _Word: return _Word(item[0])
     for share in (.2, .5, .9):
         _, valid = _split_by(attempt(func, get_y, share, 0), items, f"valid_share {share}")
         counts = Counter(items[i][0] for i in valid)
@@ -117,7 +124,7 @@ def check_group_splitter(
     "Check exercise 2. Raises: AssertionError with advice."
     sizes = [40, 1, 2, 30, 4, 10, 1, 8, 50, 3, 20, 6, 25]    # dogs with many photos, and few
     items = ItemList(f"dog{k}_{n}" for n in range(50) for k, size in enumerate(sizes) if n < size)
-    def group_of(item: str) -> str: return _Word(item.split("_")[0])
+    def group_of(item: str) -> _Word: return _Word(item.split("_")[0])
     for share in (.05, .2, .6): _check_groups(func, group_of, items, share)
     pairs = ItemList(f"dog{n//2}_{n}" for n in range(20))
     _, valid = _split_by(attempt(func, group_of, .2, 0), pairs, "ten groups of two, share .2")
@@ -141,6 +148,7 @@ def _flips(tfm: Transform, x: torch.Tensor, y: torch.Tensor) -> list[bool]:
         assert pair and isinstance(got[0], torch.Tensor), "return the pair (x, y)"
         assert isinstance(got[1], torch.Tensor), \
             f"the box should stay a tensor, as collate wants it, not {got[1]!r:.60}"
+        assert (got[0].dtype, got[1].dtype) == (x.dtype, y.dtype), "photo and box keep their dtypes"
         flipped = torch.equal(got[0], x.flip(-1))
         assert flipped or torch.equal(got[0], x), "the photo is neither itself nor x.flip(-1)"
         want = moved if flipped else y
@@ -174,6 +182,7 @@ def check_FlipWithBox(
             got = attempt(cls, p)((x, y), torch.Generator().manual_seed(seed))[0]
             right = torch.equal(got, x.flip(-1) if p else x)
             assert right, f"p = {p:g}: {'every' if p else 'no'} photo should be flipped"
+    assert callable(tfm.for_valid), "for_valid is a method: def for_valid(self): return None"
     assert not Pipeline(tfm).for_valid().tfms, \
         "in validation nothing should flip: `for_valid` returns None"
 

@@ -49,15 +49,19 @@ def check_sign_of_mean(
     func: Callable,  # your stepper sign_of_mean(s, h)
 ) -> None:
     "Check exercise 2. Raises: AssertionError with advice."
-    for sign, shape in ((1., (3,)), (1., (2, 2**18)), (-1., (3,)), (-1., (2, 2**18))):
+    cases = [(sign, shape, *parts) for parts in ((-1., 4., 4.), (3., -1., -4.), (0., 0., 0.))
+             for sign in (1., -1.) for shape in ((3,), (2, 2**18))]
+    for sign, shape, rest, row, first in cases:
         p = torch.zeros(shape, requires_grad=True)
-        p.grad = torch.full(shape, -sign)
-        p.grad[0] = 4.*sign                               # the first row against the rest
-        p.grad[..., -1] = -sign                           # so columns differ, too
+        p.grad = torch.full(shape, sign*rest)
+        p.grad[0] = sign*row                              # the first row against the rest
+        p.grad.view(-1)[0] = sign*first
+        p.grad[..., -1] = sign*rest                       # so columns differ, too
         mean = p.grad.mean().sign().item()
         def step(): Optimizer([p], [], [func], lr=.5).step(); return True
         attempt(step)
         advice = "take the mean of the whole parameter: a rule without the mark sees all of it"
+        if not mean: advice = "the sign of 0 is 0"
         assert bool((p == -.5*mean).all()), (
             f"a parameter {shape} with a mean of {p.grad.mean():g} moved otherwise: {advice}")
     assert not getattr(func, "elementwise", False), (
@@ -78,7 +82,8 @@ def check_elementwise(
                decay="each number is multiplied by the same factor")
     for name, truth in right.items():
         given = answer.get(name) if isinstance(answer, dict) else None
-        assert given is not None, f"no answer for {name!r} yet: give True or False"
+        assert given is not None and not isinstance(given, str), (
+            f"no answer for {name!r} yet: give True or False")
         assert bool(given) == truth, f"{name!r} is another case: {why[name]}"
 
 # %% ../../nbs/exercises/09a_fast_optimizers_exercises.ipynb #a751ee46

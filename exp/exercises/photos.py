@@ -63,13 +63,18 @@ def _print_of(func: Callable, file: Path) -> int:
     assert number < 2**64, f"{number} needs more than 64 bits"
     return number
 
-
+# %% ../../nbs/exercises/08a_photos_exercises.ipynb #5ad0c7e2
 def _check_ramps(func: Callable, file: Path) -> None:
-    "Pictures whose fingerprint is known: they grow darker in one direction; drawn into the file."
-    fade = np.linspace(250, 5, 180).astype(np.uint8)[None].repeat(160, 0)
+    "Pictures twice as wide as high whose fingerprint is known; drawn into the file."
+    fade = np.linspace(250, 5, 200).astype(np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2)
+    redder, valley = fade.copy(), fade.copy()
+    redder[..., 0] = fade[:, ::-1, 0]
+    valley[:, :100], valley[:, 100:] = fade[:, ::2], fade[:, ::-2]
     for what, pixels, ones in (("darker to the right", fade, 64),
                                ("brighter to the right", fade[:, ::-1].copy(), 0),
-                               ("darker downwards", fade.T[:160].copy(), 0)):
+                               ("darker downwards", fade[0, ::2, None].repeat(200, 1), 0),
+                               ("darker to the right, though more red", redder, 64),
+                               ("darker up to the middle, then brighter", valley, 32)):
         Image.fromarray(pixels).save(file)
         got = _print_of(func, file).bit_count()
         assert got == ones, (
@@ -108,7 +113,7 @@ def _call_in_time(func: Callable, *args) -> object:
     def count(*event):
         nonlocal left
         left -= 1
-        if left < 0: raise TimeoutError("a loop that never ends?")
+        if left < 0: raise TimeoutError("a loop that never ends? Where it never pays, return None")
         return count
     sys.settrace(count)
     try: return func(*args)

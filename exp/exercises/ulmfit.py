@@ -85,7 +85,7 @@ def check_match_by_beginning(
                     "zoo"])
     torch.manual_seed(0)
     weight = torch.randn(len(old), 3)
-    weight[1] = 0
+    weight[1] = 9                       # padding's row counts in no mean
     before = weight.clone()
     for at_least in (4, 3, 1):
         want = _by_beginning(weight, old, new, at_least)
@@ -105,6 +105,9 @@ def check_match_by_beginning(
                   "zoo": "no old word begins alike: the mean of all rows but padding's"}
         assert not off, f"at_least = {at_least}, {off[0]!r}: " + advice.get(
             off[0], "the longest beginning of at least at_least letters counts")
+    got, want = attempt(func, weight, old, new), _by_beginning(weight, old, new, 4)
+    assert (_rows_like(got, want.shape, "no at_least") - want).abs().max() < 1e-5, (
+        "without at_least it is off: its default is 4")
 
 # %% ../../nbs/exercises/13_ulmfit_exercises.ipynb #2a21cd33
 _POOLS = {      # what is wrong with it -> outputs, lengths -> a row for each text

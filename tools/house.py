@@ -56,7 +56,7 @@ SKIP = {
     "08": "Skip *The same four questions: texts*, *… and a table* and *When something is wrong*.",
     "08a": "Run, but do not read, *A shorter road for plain JPEGs* and *Decode once*: they change the time, not the photos.",
     "09": "Skip *Layers that do not trust their gradient*, *Two landscapes* and *What decay does under a norm*. Run their cells all the same: `lars`, `lamb` and the photos of the race come from there.",
-    "09a": "Skip all of it: the rules and their numbers stay the same.",
+    "09a": "Read *Passes through memory*; the rest changes no rule and no number.",
     "09b": "Skip *What if a photo shrinks?*, *From another side* and *What lies on a photo moves with it*.",
     "10": "Skip *CutMix: a box instead of a ghost* and *Beside other libraries*.",
     "11": "Read *Why not simply half of everything?* and *One callback*.",

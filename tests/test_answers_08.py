@@ -266,7 +266,8 @@ FILL = {
     "always the mean": (fill(running, lambda row, means: means), "mean"),
     "float64": (fill(in_float64), "shape and dtype"), "float64 array": (fill(in_float64, lambda row, means: np.where(row.isnan(), means, row)), "shape and dtype"),
     "holes dropped": (fill(running, lambda row, means: row[~row.isnan()]), "shape and dtype"), "rows (1, 3)": (fill(lambda rows: stacked(rows).nanmean(0, keepdim=True)), "shape and dtype"),
-    "list": (fill(running, lambda row, means: put(row, means).tolist()), "shape and dtype")}
+    "list": (fill(running, lambda row, means: put(row, means).tolist()), "shape and dtype"),
+    "number by number": (fill(running, lambda row, means: torch.tensor([m if math.isnan(v) else v for v, m in zip(row.tolist(), means.tolist())])), "float64")}
 
 
 # --- 08, 5 and 6: predictions, flattered -------------------------------------------------------------------------------------
@@ -336,7 +337,8 @@ PAD = {
     "fill ignored": (pad(lambda x, fill: laid(x, 0)), "all around"), "floats": (pad(lambda x, fill: laid(x, fill, dtype=torch.float32)), "bytes"),
     "first channel only": (pad(lambda x, fill: torch.cat([laid(x[:1], fill), laid(x[1:], 0)])), "all around"), "edge": (pad(replicated), "all around"),
     "order late": (pad(laid, 25), "order"), "not a transform": (pad(laid, base=object), "subclass"), "cut off": (pad(cut_off), "became"), "squashed": (pad(stretched), "begin"),
-    "always bytes": (pad(lambda x, fill: laid(x, fill, dtype=torch.uint8)), "floats")}
+    "always bytes": (pad(lambda x, fill: laid(x, fill, dtype=torch.uint8)), "floats"),
+    "as the fill is": (pad(lambda x, fill: laid(x, fill, dtype=torch.tensor(fill).dtype).to(x.dtype)), "fill 0: floats")}
 
 
 # --- 08a, 2: fingerprint -----------------------------------------------------------------------------------------------------
@@ -405,7 +407,7 @@ BREAK_EVEN = {
     "strictly less": (paid(lambda b, saved: math.floor(b/saved) + 1), "from n"), "one late": (paid(lambda b, saved: math.ceil(b/saved) + 1), "from n"),
     "zeroth epoch": (paid(lambda b, saved: math.ceil(b/saved)), "from n"), "never infinite": (paid(lambda b, saved: max(1, math.ceil(b/saved)), math.inf), "never"),
     "division by zero": (lambda b, without, cached: max(1, math.ceil(b/(without - cached))), "raised"), "text": (lambda *seconds: "late", "is late"), "list": (lambda *seconds: [5], "from n"),
-    "of a million": (of_a_million, None), "endless": (endless, "never ends")}
+    "of a million": (of_a_million, None), "twenty at most": (lambda b, w, c: next((n for n in range(1, 20) if b + n*c <= n*w), None), "n = 2000"), "endless": (endless, "never ends")}
 
 PHOTOS = dict(byte_mb=3.1457, float_mb=12.583, cache_mb=727.2, row_stride=600, overlap=2/3)
 PHOTO_NUMBERS = {

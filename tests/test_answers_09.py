@@ -159,7 +159,7 @@ SPLIT = {
     "no second decay": (without_second_decay, "weight_decay"), "decay for all": (lambda model, wd: [g | {"weight_decay": wd} for g in halves(trained(model), wd)], "weight_decay"),
     "fixed decay": (lambda model, wd: halves(trained(model), .01), "weight_decay"), "linear layers only": (lambda model, wd: halves(trained(model), wd, lambda p: p.ndim == 2), "ndim"),
     "lists": (lambda model, wd: [g["params"] for g in halves(trained(model), wd)], "dict"), "no params": (lambda model, wd: [{"parameters": []}, {}], "params"),
-    "sets": (lambda model, wd: [g | {"params": {*g["params"]}} for g in halves(trained(model), wd)], "a set"),
+    "named": (lambda model, wd: [g | {"name": str(i)} for i, g in enumerate(halves(trained(model), wd))], "unknown"), "sets": (lambda model, wd: [g | {"params": {*g["params"]}} for g in halves(trained(model), wd)], "a set"),
     "own key": (lambda model, wd: [{"params": g["params"], "wd": g["weight_decay"]} for g in halves(trained(model), wd)], "weight_decay")}
 
 

@@ -460,19 +460,40 @@ def test_effects_are_slopes_times_vectors_along_the_way(backwards, n_classes):
     test_like(U._effects(model, ids[None], best, 400).sum(), total.float(), rtol=1e-2, atol=1e-3)
 
 
-def test_attribution_names_every_token_and_the_word_that_decides_speaks_for_it(trained):
+def smooth(trained, seed=0, std=.3):
+    "The same classifier with random weights, and norms that have seen nothing: what it says changes slowly from vectors of 0 to the text's."
+    model = copy.deepcopy(trained.model)
+    torch.manual_seed(seed)
+    for p in model.parameters(): nn.init.normal_(p, 0, std)
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm): layer.reset_running_stats()
+    return Learner(model, trained.dls, cross_entropy, quiet=True, device="cpu")
+
+
+def test_attribution_names_every_token_of_the_text_as_it_is_classified(trained):
     for word, kind in (("boring", "bad"), ("lovely", "good")):
         text = f"This film was {word}, the 3th that I saw. It had a plot."
-        words = U.attribution(trained, text)
-        assert [token for token, _ in words] == tokenize(text) and next(iter(U.predict(trained, text))) == kind
-        assert dict(words)[word] > 0
+        assert [token for token, _ in U.attribution(trained, text)] == tokenize(text) and next(iter(U.predict(trained, text))) == kind
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_word_that_alone_has_a_vector_has_the_whole_effect(trained, seed):
+    learn, text = smooth(trained, seed, std=.8), "This film was boring, the 3th that I saw. It had a plot."
+    weight, row = learn.model.encoder.embedding.weight, trained.dls.train.ds.tfm.tfms[1].vocab.index["boring"]
+    vector = weight[row].detach().clone()
+
+    def odds(kind): p = U.predict(learn, text)[kind]; return math.log(p/(1 - p))
+    with torch.no_grad(): weight.zero_()
+    nothing = {kind: odds(kind) for kind in ("bad", "good")}
+    with torch.no_grad(): weight[row] = 3*vector
+    kind, words = next(iter(U.predict(learn, text))), dict(U.attribution(learn, text, 256))
+    change = odds(kind) - nothing[kind]
+    assert abs(change) > .01 and words.pop("boring") == pytest.approx(change, rel=.01)
+    assert {*words.values()} == {0.}
 
 
 def test_more_steps_bring_the_sum_closer(trained):
-    model = copy.deepcopy(trained.model)
-    torch.manual_seed(0)
-    for p in model.parameters(): nn.init.normal_(p, 0, .3)
-    learn, text = Learner(model, trained.dls, cross_entropy, quiet=True, device="cpu"), "This film was boring and lovely and funny and dull."
+    learn, text = smooth(trained), "This film was boring and lovely and funny and dull."
     exact, few, many = (sum(effect for _, effect in U.attribution(learn, text, steps)) for steps in (512, 2, 64))
     assert abs(many - exact) < .1*abs(few - exact) + 1e-3
 

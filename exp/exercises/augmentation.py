@@ -66,7 +66,7 @@ def _check_angles(slope: Tensor, degrees: float, h: int, w: int) -> None:
         f"{where} leans by {most:.1f}°: degrees, not radians; and {units}")
     assert most > .97*degrees and abs(angle.mean()) < .1*degrees, (
         f"{where}: angles should reach both {-degrees} and {degrees}, and every one between them "
-        "with the same chance")
+        f"with the same chance; and {units}")
     uniform = abs(angle.std() - degrees/math.sqrt(3)) < .05*degrees
     assert uniform, "angles are not uniform: draw the angle by lot, then take its tangent"
     assert len(angle.unique()) > 1000, "only some angles occur: draw any, not whole degrees"
@@ -80,6 +80,7 @@ def check_Shear(
     for degrees, h, w in ((30, 40, 40), (10, 30, 90), (60, 80, 20)):
         tfm = attempt(cls, degrees)
         assert isinstance(tfm, Geometric), "make it a subclass: class Shear(Geometric)"
+        assert getattr(tfm, "p", 1) == 1, f"p is {tfm.p}: every item leans, call super().__init__()"
         m = _matrices(tfm, 2000, h, w)
         m = m/m[:, 2:, 2:]
         rest = m.clone()

@@ -209,6 +209,10 @@ def check_FillMissing(
             (f"{before.tolist()} became {got.tolist()}, not {want}: the mean of a "
              "column is taken over the numbers that are there")
         assert torch.equal(row.isnan(), before.isnan()), "the given row was changed in place"
+    tfm = attempt(cls)
+    tfm.setup(row for row in rows.double())
+    got = attempt(tfm, rows[0].double(), chance)
+    assert got.dtype == torch.float64, f"of a table in float64 a row became {got.dtype}"
 
 # %% ../../nbs/exercises/08_data_block_exercises.ipynb #5b11d67f
 @checker

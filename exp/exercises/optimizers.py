@@ -129,6 +129,7 @@ def check_split_decay(
         assert set(ids) == {id(p) for p in right}, (
             f"the group with decay {wd} holds {shapes}: look at p.ndim and p.requires_grad")
         assert g.get("weight_decay") == wd, f"a group's weight_decay is not {wd}: name it"
+    attempt(Optimizer, attempt(func, model, .1), [], [sgd_step], lr=.1, weight_decay=0.)
 
 # %% ../../nbs/exercises/09_optimizers_exercises.ipynb #00f9e4b1
 @checker

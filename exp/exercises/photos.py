@@ -20,10 +20,11 @@ from ..setup import attempt, check_numbers, checker
 def _check_floats(cls: type) -> None:
     "Does PadToSquare pad floats with floats?"
     x = torch.full((3, 2, 4), .25)
-    got = attempt(attempt(cls, .5), x, torch.Generator())
-    want = torch.tensor([.5, .25, .25, .5])[:, None].expand(3, 4, 4)
-    alike = isinstance(got, torch.Tensor) and got.dtype == x.dtype and torch.equal(got, want)
-    assert alike, "floats should stay floats, in the photo and around it"
+    for fill, tfm in ((.5, attempt(cls, .5)), (0, attempt(cls))):
+        got = attempt(tfm, x, torch.Generator())
+        want = torch.tensor([fill, .25, .25, fill])[:, None].expand(3, 4, 4)
+        alike = isinstance(got, torch.Tensor) and got.dtype == x.dtype and torch.equal(got, want)
+        assert alike, f"fill {fill}: floats should stay floats, in the photo and around it"
 
 # %% ../../nbs/exercises/08a_photos_exercises.ipynb #c860de42
 @checker
@@ -126,7 +127,7 @@ def check_break_even(
 ) -> None:
     "Check exercise 3. Raises: AssertionError with advice."
     cases = {(10., 5., 3.): 5, (10., 5., 2.): 4, (0., 5., 3.): 1, (9., 12., 2.): 1,
-             (1., 2., 2.): None, (1., 2., 3.): None, (7., 1.5, 1.): 14}
+             (1., 2., 2.): None, (1., 2., 3.): None, (7., 1.5, 1.): 14, (1000., 5., 4.5): 2000}
     for numbers, want in cases.items():
         try: got = _call_in_time(func, *numbers)
         except NotImplementedError: raise
